@@ -1,0 +1,3 @@
+"""JAX kernels."""
+
+from jax.lax import scan as scan

@@ -1,0 +1,303 @@
+"""The one abstraction of the library: a layer over time with an explicit state."""
+
+import inspect
+import random
+
+import keras
+from keras import ops, tree
+
+_KERAS_CONFIG = ("name", "dtype", "trainable", "activity_regularizer")
+
+
+class Configured(keras.layers.Layer):
+    """A Keras layer whose config is the arguments of its constructor, whatever they are: nobody writes `get_config`.
+
+    Initializers, layers and other Keras objects among them are serialized, and the dtype policies of quantized layers
+    inside are kept, so that a quantized model loads.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls, *args, **kwargs)
+        bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        config = dict(list(bound.arguments.items())[1:])
+        config |= config.pop("kwargs", {})
+        object.__setattr__(self, "_arguments", {k: v for k, v in config.items() if k not in _KERAS_CONFIG})
+        return self
+
+    def get_config(self):
+        config = {k: keras.saving.serialize_keras_object(v) for k, v in self._arguments.items()}
+        quantized = {
+            path: keras.saving.serialize_keras_object(layer.dtype_policy)
+            for path, layer in _sublayers(self)
+            if layer.quantization_mode
+        }
+        return super().get_config() | config | ({"quantized": quantized} if quantized else {})
+
+    @classmethod
+    def from_config(cls, config):
+        config = {k: keras.saving.deserialize_keras_object(v) for k, v in config.items()}
+        quantized = config.pop("quantized", {})
+        layer = cls(**config)
+        sublayers = dict(_sublayers(layer)) if quantized else {}
+        for path, policy in quantized.items():
+            sublayers[path].dtype_policy = policy
+        return layer
+
+
+class SequenceLayer(Configured):
+    """A layer over time that can be run whole, in chunks, or step by step.
+
+    The splitting law: for any split of the time axis, x = x1 ++ x2, and any mask,
+
+        y1, s1 = layer(x1, initial_state=s0, return_state=True)
+        y2, s2 = layer(x2, initial_state=s1, return_state=True)
+        y,  s  = layer(x,  initial_state=s0, return_state=True)
+        y == y1 ++ y2   and   s == s2, with the same gradients
+
+    A subclass writes `advance`, and where it needs them `build`, `initial_state` and `compute_output_shape` (of a
+    sequence `(b, t, ...)`), and gets the rest, `get_config` included.
+
+    Args:
+        stateful: if True, the state is carried from one batch of `fit`, `evaluate`, `predict` or a call to the next
+            (row i of a batch continues row i of the batch before; no gradient flows between batches) until
+            `reset_state()`. Every batch must then have the size that the layer was built for.
+        **kwargs: those of `keras.layers.Layer`: `name`, `dtype`, `trainable`, ...
+
+    Call:
+        x `(b, t, ...)`; mask `(b, t)` bool, True = valid, any pattern; initial_state: what `initial_state` or an
+        earlier call returned, or None for the beginning; return_state: if True returns `(y, state)`, else y.
+
+    Raises:
+        ValueError: a mask or a state of another structure, shape or dtype than expected; a sequence of length 0; `step`
+            or `return_state` on a layer that needs the future.
+    """
+
+    return_sequences = True
+
+    def __init__(self, stateful=False, **kwargs):
+        super().__init__(**kwargs)
+        self.stateful = stateful
+        self.supports_masking = True
+        self._convert_input_args = False  # or Keras would cast a float32 state to the compute dtype
+        self._carried = _Carried()
+
+    # To define ------------------------------------------------------------------------------------------------------
+
+    def initial_state(self, batch_size):
+        """The state before the first step: any pytree whose leaves are `(batch_size, ...)`."""
+        return ()
+
+    def advance(self, x, state, mask=None, training=False):
+        """Runs `x` `(b, t, ...)`, t >= 1, from `state`: returns `(y, state)`. Padded steps must keep the state.
+
+        `x` is 0 where `mask` is False, unless a layer before left something there.
+        """
+        raise NotImplementedError
+
+    def compute_output_shape(self, input_shape):
+        return tuple(input_shape)
+
+    @property
+    def needs_future(self):
+        """Why the layer cannot be run piece by piece, or None if it can."""
+        return None
+
+    # Given ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def state_dtype(self):
+        """The dtype of recurrent sums: float32 whatever the compute dtype, float64 under float64."""
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    def __call__(self, x, *args, **kwargs):
+        x, args, kwargs = tree.map_structure(_tensor, (x, args, kwargs))
+        return super().__call__(x, *args, **kwargs)
+
+    def call(self, x, mask=None, initial_state=None, return_state=False, training=None):
+        if return_state:
+            self._require_splittable("return_state=True")
+        y, state = self._run(x, mask, initial_state, training)
+        return (y, state) if return_state else y
+
+    def _run(self, x, mask, initial_state, training):
+        if len(x.shape) > 1 and x.shape[1] == 0:
+            raise ValueError(
+                f"{self._title} needs at least one time step. Received an input of shape {tuple(x.shape)}."
+            )
+        if mask is None:
+            mask = getattr(x, "_keras_mask", None)
+        if "float" in keras.backend.standardize_dtype(x.dtype):
+            x = ops.cast(x, self.compute_dtype)
+        if mask is not None:
+            self._check_mask(mask, x)
+            x = ops.where(ops.reshape(mask, (*ops.shape(mask), *(1,) * (len(x.shape) - 2))), x, ops.zeros_like(x))
+        state = self._state_before(x, initial_state)
+        y, state = self.advance(x, state, mask=mask, training=bool(training))
+        if self.stateful:
+            self._carried.assign(state)
+        return y, state
+
+    def step(self, x_t, state):
+        """One step: `x_t` `(b, ...)` and a state give `y_t` `(b, ...)` and the next state.
+
+        Raises:
+            ValueError: the layer needs the future; a state of another structure or shape than expected.
+        """
+        self._require_splittable("step")
+        x_t = _tensor(x_t)
+        x = ops.expand_dims(x_t, 1)
+        self._assert_input_compatibility(x)
+        plain = self.built and self.compute_dtype == self.variable_dtype and not isinstance(x_t, keras.KerasTensor)
+        if plain:  # the layer's own mathematics, without the cost of a Keras call per layer
+            if "float" in keras.backend.standardize_dtype(x.dtype):
+                x = ops.cast(x, self.compute_dtype)
+            y, state = self.advance(x, self._checked_state(x, state), training=False)
+        else:
+            y, state = SequenceLayer.__call__(self, x, initial_state=state, return_state=True, training=False)
+        return (ops.squeeze(y, 1) if self.return_sequences else y), state
+
+    def reset_state(self):
+        """Forgets the state that `stateful=True` carries, here and in all layers inside."""
+        for layer in self._flatten_layers():
+            if isinstance(layer, SequenceLayer):
+                layer._carried.reset(layer)
+
+    def compute_mask(self, inputs, mask=None):
+        """The mask goes on to the next layer, as long as there is a time axis."""
+        mask = mask[0] if isinstance(mask, list | tuple) else mask
+        return mask if self.return_sequences else None
+
+    def compute_output_spec(self, *args, **kwargs):
+        return keras.Operation.compute_output_spec(self, *args, **kwargs)
+
+    @property
+    def variables(self):
+        """All variables: weights, seeds, and the state carried by `stateful=True` (which is no weight: it is not saved)."""
+        return super().variables + self._carried.variables
+
+    # Checks ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _title(self):
+        return f"{type(self).__name__} '{self.name}'"
+
+    def _require_splittable(self, what):
+        if self.needs_future:
+            raise ValueError(f"{self._title} does not take {what}: {self.needs_future}.")
+
+    def _check_mask(self, mask, x):
+        shape, dtype = tuple(mask.shape), keras.backend.standardize_dtype(mask.dtype)
+        if dtype != "bool" or not _matches(shape, tuple(x.shape[:2])):
+            raise ValueError(
+                f"{self._title} expects a mask of dtype bool and shape (batch, time) = {tuple(x.shape[:2])}. "
+                f"Received: {dtype} of shape {shape}."
+            )
+
+    def _state_before(self, x, given):
+        if given is not None:
+            return self._checked_state(x, given)
+        if self.stateful:
+            return self._carried.read(self, x.shape[0])
+        return self.initial_state(ops.shape(x)[0])
+
+    def _checked_state(self, x, given):
+        expected = self.initial_state(ops.shape(x)[0])
+        try:
+            return _conform(given, expected)
+        except (TypeError, ValueError, AttributeError):
+            received = tree.map_structure(lambda s: tuple(getattr(s, "shape", ())), given)
+            raise ValueError(
+                f"{self._title} expects a state of shapes {tree.map_structure(lambda s: tuple(s.shape), expected)}. "
+                f"Received: {received}."
+            ) from None
+
+
+class _Carried:
+    """The state of a stateful layer, in variables that `fit` on every backend hands back, but that are no weights."""
+
+    def __init__(self):
+        self.structure, self.variables = None, []
+
+    def read(self, layer, batch_size):
+        if self.structure is None:
+            if batch_size is None:
+                raise ValueError(
+                    f"{layer._title} is stateful and must know the batch size when it is built. "
+                    "Give it, e.g. with keras.Input(batch_size=...), or call the model on one batch first."
+                )
+            self.build(layer, batch_size)
+        expected = self.variables[0].shape[0] if self.variables else batch_size
+        if batch_size is not None and batch_size != expected:
+            raise ValueError(
+                f"{layer._title} is stateful and carries the state of a batch of {expected}. "
+                f"Received a batch of {batch_size}."
+            )
+        # A copy: the variable is overwritten while the backward pass still needs what was read.
+        values = [ops.stop_gradient(ops.copy(v.value)) for v in self.variables]
+        return tree.pack_sequence_as(self.structure, values)
+
+    def build(self, layer, batch_size):
+        self.structure = layer.initial_state(batch_size)
+
+        def variable(i, state):
+            def initial(shape, dtype):
+                return ops.cast(tree.flatten(layer.initial_state(batch_size))[i], dtype)
+
+            dtype = keras.backend.standardize_dtype(state.dtype)
+            return keras.Variable(initial, state.shape, dtype, trainable=False, autocast=False, name="state")
+
+        self.variables = [variable(i, state) for i, state in enumerate(tree.flatten(self.structure))]
+
+    def assign(self, state):
+        for variable, value in zip(self.variables, tree.flatten(state), strict=True):
+            variable.assign(ops.stop_gradient(value))
+
+    def reset(self, layer):
+        if self.variables:
+            self.assign(layer.initial_state(self.variables[0].shape[0]))
+
+
+def random_seed():
+    """An explicit seed drawn as Keras draws its own, from Python's generator, which `set_random_seed` seeds.
+
+    A `SeedGenerator` without an explicit seed makes PyTorch's dropout use the global generator instead.
+    """
+    return random.randint(1, 10**9)
+
+
+def _tensor(x):
+    """Arrays become tensors; what is no array stays."""
+    if hasattr(x, "__array__") and not ops.is_tensor(x) and not isinstance(x, keras.KerasTensor):
+        return ops.convert_to_tensor(x)
+    return x
+
+
+def _matches(shape, expected):
+    return len(shape) == len(expected) and all(
+        a == b or a is None or b is None for a, b in zip(shape, expected, strict=True)
+    )
+
+
+def _conform(given, expected):
+    """`given` in the structure and dtypes of `expected`; a list may stand for a tuple, and `[s]` for `s`."""
+    if isinstance(expected, list | tuple) and not hasattr(expected, "_fields"):
+        if not isinstance(given, list | tuple) or len(given) != len(expected):
+            raise TypeError
+        return type(expected)(_conform(g, e) for g, e in zip(given, expected, strict=True))
+    if tree.is_nested(expected):
+        tree.assert_same_structure(given, expected)
+        leaves = zip(tree.flatten(given), tree.flatten(expected), strict=True)
+        return tree.pack_sequence_as(expected, [_conform(g, e) for g, e in leaves])
+    if isinstance(given, list | tuple) and len(given) == 1:
+        (given,) = given
+    if not _matches(tuple(given.shape), tuple(expected.shape)):
+        raise ValueError
+    return given if given.dtype == expected.dtype else ops.cast(given, expected.dtype)
+
+
+def _sublayers(layer, path=""):
+    """All layers inside `layer`, with a path that is the same in a copy of it."""
+    for i, sub in enumerate(layer._layers):
+        yield f"{path}{i}", sub
+        yield from _sublayers(sub, f"{path}{i}.")

@@ -1,0 +1,12 @@
+"""Layers over time."""
+
+from keras_seq.layers.bidirectional import Bidirectional as Bidirectional
+from keras_seq.layers.cells import LayerNormLSTMCell as LayerNormLSTMCell
+from keras_seq.layers.cells import PeepholeLSTMCell as PeepholeLSTMCell
+from keras_seq.layers.compose import Residual as Residual
+from keras_seq.layers.compose import Stack as Stack
+from keras_seq.layers.compose import TimeWise as TimeWise
+from keras_seq.layers.recurrent import GRU as GRU
+from keras_seq.layers.recurrent import LSTM as LSTM
+from keras_seq.layers.recurrent import SimpleRNN as SimpleRNN
+from keras_seq.layers.rnn import RNN as RNN

@@ -1,0 +1,147 @@
+"""Simple, LSTM and GRU recurrences as pure functions of arrays: the definition that every kernel is held to.
+
+Axes: b batch, t time, d features, u units. All arrays have the dtype of the state (float32 or float64).
+A padded step (mask False) keeps the state, and its output is the state's h, so that any split of the time axis gives
+the same outputs. `recurrent_dropout` is None or a `(b, u)` factor on h where it enters the recurrent product
+(Gal & Ghahramani 2016, arXiv:1512.05287: one mask for all steps).
+"""
+
+from keras import ops
+
+from keras_seq.backend import native
+from keras_seq.ops.scan import masked_scan
+
+
+def dense(x, kernel, bias=None):
+    """`x W + b` for `x` `(b, t, d)`, as one matrix product."""
+    y = ops.reshape(x, (-1, x.shape[-1])) @ kernel
+    y = y if bias is None else y + bias
+    return ops.reshape(y, (-1, ops.shape(x)[1], kernel.shape[-1]))
+
+
+def _identity(h):
+    return h
+
+
+def _dropout(factor):
+    return _identity if factor is None else lambda h: h * factor
+
+
+def _plus(bias):
+    return _identity if bias is None else lambda z: z + bias
+
+
+@native
+def simple_rnn(x, h, kernel, recurrent_kernel, bias=None, mask=None, *, activation=ops.tanh, recurrent_dropout=None):
+    """Simple (Elman) recurrence: `h' = act(x W + h U + b)`.
+
+    Args:
+        x: `(b, t, d)`.
+        h: `(b, u)`.
+        kernel, recurrent_kernel, bias: W `(d, u)`, U `(u, u)`, b `(u,)` or None.
+        mask: `(b, t)` bool or None.
+
+    Returns:
+        y `(b, t, u)` and the last h.
+
+    Source: Elman 1990, "Finding structure in time".
+    """
+    drop = _dropout(recurrent_dropout)
+
+    def step(state, x):
+        (h,) = state
+        return (activation(x + drop(h) @ recurrent_kernel),)
+
+    y, (h,) = masked_scan(step, (h,), dense(x, kernel, bias), mask)
+    return y, h
+
+
+@native
+def lstm(
+    x,
+    state,
+    kernel,
+    recurrent_kernel,
+    bias=None,
+    mask=None,
+    *,
+    activation=ops.tanh,
+    recurrent_activation=ops.sigmoid,
+    recurrent_dropout=None,
+):
+    """Long short-term memory with a forget gate.
+
+    `z = x W + h U + b`, split into i, f, g, o; `c' = s(f) c + s(i) act(g)`; `h' = s(o) act(c')`.
+
+    Args:
+        x: `(b, t, d)`.
+        state: `(h, c)`, each `(b, u)`.
+        kernel, recurrent_kernel, bias: W `(d, 4u)`, U `(u, 4u)`, b `(4u,)` or None; gates in the order i, f, g, o.
+        mask: `(b, t)` bool or None.
+
+    Returns:
+        y `(b, t, u)` and the last `(h, c)`.
+
+    Source: Hochreiter & Schmidhuber 1997; Gers et al. 2000 (forget gate).
+    """
+    drop = _dropout(recurrent_dropout)
+
+    def step(state, x):
+        h, c = state
+        i, f, g, o = ops.split(x + drop(h) @ recurrent_kernel, 4, axis=-1)
+        c = recurrent_activation(f) * c + recurrent_activation(i) * activation(g)
+        return recurrent_activation(o) * activation(c), c
+
+    return masked_scan(step, tuple(state), dense(x, kernel, bias), mask)
+
+
+@native
+def gru(
+    x,
+    h,
+    kernel,
+    recurrent_kernel,
+    bias=None,
+    mask=None,
+    *,
+    activation=ops.tanh,
+    recurrent_activation=ops.sigmoid,
+    recurrent_dropout=None,
+    reset_after=True,
+):
+    """Gated recurrent unit.
+
+    `z = s(x W_z + h U_z + b_z)`; `r = s(x W_r + h U_r + b_r)`; `h' = z h + (1 - z) n`, where
+    `n = act(x W_n + b_n + r (h U_n + b'_n))` if `reset_after` (version 3, as in cuDNN), else
+    `n = act(x W_n + b_n + (r h) U_n)` (version 1).
+
+    Args:
+        x: `(b, t, d)`.
+        h: `(b, u)`.
+        kernel, recurrent_kernel: W `(d, 3u)`, U `(u, 3u)`, in the order z, r, n.
+        bias: None, or `(2, 3u)` (for W and for U) if `reset_after`, else `(3u,)`.
+        mask: `(b, t)` bool or None.
+
+    Returns:
+        y `(b, t, u)` and the last h.
+
+    Source: Cho et al. 2014, arXiv:1406.1078, eq. 5-8 (v3 and v1 of the preprint).
+    """
+    u = h.shape[-1]
+    input_bias, recurrent_bias = ops.unstack(bias) if reset_after and bias is not None else (bias, None)
+    drop, plus = _dropout(recurrent_dropout), _plus(recurrent_bias)
+
+    def step(state, x):
+        (h,) = state
+        if reset_after:
+            a = plus(drop(h) @ recurrent_kernel)
+            z, r = ops.split(recurrent_activation(x[:, : 2 * u] + a[:, : 2 * u]), 2, axis=-1)
+            n = activation(x[:, 2 * u :] + r * a[:, 2 * u :])
+        else:
+            a = drop(h) @ recurrent_kernel[:, : 2 * u]
+            z, r = ops.split(recurrent_activation(x[:, : 2 * u] + a), 2, axis=-1)
+            n = activation(x[:, 2 * u :] + (r * drop(h)) @ recurrent_kernel[:, 2 * u :])
+        return (z * h + (1 - z) * n,)
+
+    y, (h,) = masked_scan(step, (h,), dense(x, kernel, input_bias), mask)
+    return y, h
