@@ -81,6 +81,7 @@ class SequenceLayer(Configured):
         self.supports_masking = True
         self._convert_input_args = False  # or Keras would cast a float32 state to the compute dtype
         self._carried = _Carried()
+        self._checked_steps = _Set()
 
     # To define ------------------------------------------------------------------------------------------------------
 
@@ -127,8 +128,8 @@ class SequenceLayer(Configured):
             )
         if mask is None:
             mask = getattr(x, "_keras_mask", None)
-        if "float" in keras.backend.standardize_dtype(x.dtype):
-            x = ops.cast(x, self.compute_dtype)
+        if "float" in dtype_of(x):
+            x = cast(x, self.compute_dtype)
         if mask is not None:
             self._check_mask(mask, x)
             x = ops.where(ops.reshape(mask, (*ops.shape(mask), *(1,) * (len(x.shape) - 2))), x, ops.zeros_like(x))
@@ -144,18 +145,24 @@ class SequenceLayer(Configured):
         Raises:
             ValueError: the layer needs the future; a state of another structure or shape than expected.
         """
-        self._require_splittable("step")
-        x_t = _tensor(x_t)
-        x = ops.expand_dims(x_t, 1)
-        self._assert_input_compatibility(x)
-        plain = self.built and self.compute_dtype == self.variable_dtype and not isinstance(x_t, keras.KerasTensor)
-        if plain:  # the layer's own mathematics, without the cost of a Keras call per layer
-            if "float" in keras.backend.standardize_dtype(x.dtype):
-                x = ops.cast(x, self.compute_dtype)
-            y, state = self.advance(x, self._checked_state(x, state), training=False)
+        signature = _signature((x_t, state))
+        if signature in self._checked_steps:  # the layer's own mathematics, without the cost of a Keras call
+            y, state = self.advance(x_t[:, None], state)
         else:
-            y, state = SequenceLayer.__call__(self, x, initial_state=state, return_state=True, training=False)
-        return (ops.squeeze(y, 1) if self.return_sequences else y), state
+            y, state = self._first_step(x_t, state, signature)
+        return (y[:, 0] if self.return_sequences else y), state
+
+    def _first_step(self, x_t, state, signature):
+        """A step through the whole of `call`; the next like it need not be checked again."""
+        self._require_splittable("step")
+        if not hasattr(x_t, "shape") or len(x_t.shape) < 1:
+            raise ValueError(f"{self._title} expects one time step, of shape (batch, ...). Received: {x_t!r}")
+        x = ops.expand_dims(_tensor(x_t), 1)
+        y, last = SequenceLayer.__call__(self, x, initial_state=state, return_state=True, training=False)
+        plain = self.compute_dtype == self.variable_dtype and dtype_of(x) in (self.compute_dtype, "int32", "int64")
+        if plain and ops.is_tensor(x_t) and signature[-1] == _signature(last):
+            self._checked_steps.add(signature)
+        return y, last
 
     def reset_state(self):
         """Forgets the state that `stateful=True` carries, here and in all layers inside."""
@@ -187,7 +194,7 @@ class SequenceLayer(Configured):
             raise ValueError(f"{self._title} does not take {what}: {self.needs_future}.")
 
     def _check_mask(self, mask, x):
-        shape, dtype = tuple(mask.shape), keras.backend.standardize_dtype(mask.dtype)
+        shape, dtype = tuple(mask.shape), dtype_of(mask)
         if dtype != "bool" or not _matches(shape, tuple(x.shape[:2])):
             raise ValueError(
                 f"{self._title} expects a mask of dtype bool and shape (batch, time) = {tuple(x.shape[:2])}. "
@@ -244,8 +251,7 @@ class _Carried:
             def initial(shape, dtype):
                 return ops.cast(tree.flatten(layer.initial_state(batch_size))[i], dtype)
 
-            dtype = keras.backend.standardize_dtype(state.dtype)
-            return keras.Variable(initial, state.shape, dtype, trainable=False, autocast=False, name="state")
+            return keras.Variable(initial, state.shape, dtype_of(state), trainable=False, autocast=False, name="state")
 
         self.variables = [variable(i, state) for i, state in enumerate(tree.flatten(self.structure))]
 
@@ -264,6 +270,33 @@ def random_seed():
     A `SeedGenerator` without an explicit seed makes PyTorch's dropout use the global generator instead.
     """
     return random.randint(1, 10**9)
+
+
+class _Set(set):
+    """A set that Keras does not track."""
+
+
+_DTYPES = {}
+
+
+def dtype_of(x):
+    """The name of the dtype of a tensor."""
+    try:
+        return _DTYPES[x.dtype]
+    except KeyError:
+        return _DTYPES.setdefault(x.dtype, keras.backend.standardize_dtype(x.dtype))
+
+
+def cast(x, dtype):
+    """`ops.cast`, free of charge where there is nothing to do."""
+    return x if dtype_of(x) == dtype else ops.cast(x, dtype)
+
+
+def _signature(x):
+    """Types, shapes and dtypes of a nest of tensors."""
+    if isinstance(x, list | tuple):
+        return type(x), *map(_signature, x)
+    return type(x), getattr(x, "shape", None), getattr(x, "dtype", None)
 
 
 def _tensor(x):
@@ -293,7 +326,7 @@ def _conform(given, expected):
         (given,) = given
     if not _matches(tuple(given.shape), tuple(expected.shape)):
         raise ValueError
-    return given if given.dtype == expected.dtype else ops.cast(given, expected.dtype)
+    return cast(given, dtype_of(expected))
 
 
 def _sublayers(layer, path=""):

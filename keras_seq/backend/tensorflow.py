@@ -1,10 +1,20 @@
-"""TensorFlow kernels."""
+"""TensorFlow kernels: while loops with hand-written gradients, with and without XLA.
+
+Automatic differentiation of a loop adds up the weight gradients step by step. Here the backward loop only carries the
+gradient of the state; the local derivatives are computed for all steps at once before it, and the weight gradients are one
+product each after it. First derivatives only (`tf.custom_gradient`). Called eagerly, a kernel is a graph of its own.
+"""
+
+import functools
 
 import tensorflow as tf
 from keras import tree
 
+from keras_seq.backend import refuses
+from keras_seq.backend.recurrence import not_fused
 
-def scan(step, state, xs):
+
+def scan(step, state, xs, reverse=False):
     """`tf.while_loop` over tensor arrays. The static length, which `stack` forgets, is put back."""
     leaves = tree.flatten(xs)
     length = leaves[0].shape[0]
@@ -14,10 +24,177 @@ def scan(step, state, xs):
     outputs = [tf.TensorArray(y.dtype, t, element_shape=y.shape) for y in tree.flatten(ys)]
 
     def body(i, state, outputs):
-        new, y = step(state, tree.pack_sequence_as(xs, [a.read(i) for a in arrays]))
+        at = t - 1 - i if reverse else i
+        new, y = step(state, tree.pack_sequence_as(xs, [a.read(at) for a in arrays]))
         new = tree.map_structure(lambda n, s: tf.ensure_shape(n, s.shape), new, state)
-        return i + 1, new, [a.write(i, y) for a, y in zip(outputs, tree.flatten(y), strict=True)]
+        return i + 1, new, [a.write(at, y) for a, y in zip(outputs, tree.flatten(y), strict=True)]
 
     _, state, outputs = tf.while_loop(lambda i, *_: i < t, body, (0, state, outputs), maximum_iterations=t)
     stacked = [tf.ensure_shape(a.stack(), (length, *y.shape)) for a, y in zip(outputs, tree.flatten(ys), strict=True)]
     return state, tree.pack_sequence_as(ys, stacked)
+
+
+def _graph(kernel):
+    """Calls `kernel(*tensors)` in a graph: the one that is being made, or one of its own."""
+    compiled = tf.function(kernel, reduce_retracing=True)
+
+    @functools.wraps(kernel)
+    def call(*args):
+        return compiled(*args) if tf.executing_eagerly() else kernel(*args)
+
+    return call
+
+
+def _time_first(x):
+    return tf.transpose(x, (1, 0, 2))
+
+
+def _valid(mask):
+    """`(b, t)` -> `(t, b, 1)`, or None."""
+    return None if mask is None else tf.transpose(mask)[..., None]
+
+
+def _before(first, rest):
+    """The states before each step, from the first state and the states after each step."""
+    return tf.concat([first[None], rest[:-1]], 0)
+
+
+def _rows(x):
+    """`(t, b, n)` -> `(t b, n)`."""
+    return tf.reshape(x, (-1, x.shape[-1]))
+
+
+def _project(x, kernel):
+    """`x W` for `(t, b, n)`, as one matrix product."""
+    return tf.reshape(tf.matmul(_rows(x), kernel), (*tf.unstack(tf.shape(x)[:2]), kernel.shape[1]))
+
+
+def _where(valid, new, old):
+    return new if valid is None else tf.where(valid, new, old)
+
+
+def _inputs(x, valid):
+    return (x,) if valid is None else (x, valid)
+
+
+@refuses(not_fused)
+def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, **_):
+    y, h, c = _lstm(x, *state, kernel, recurrent_kernel, bias, mask)
+    return y, (h, c)
+
+
+@_graph
+def _lstm(x, h, c, kernel, recurrent_kernel, bias, mask):
+    bias = tf.zeros(kernel.shape[1], kernel.dtype) if bias is None else bias
+    weights = tf.concat([kernel, recurrent_kernel], 0)
+    if x.shape[1] == 1 and mask is None:
+        _, h, c = _lstm_step(x[:, 0], h, c, weights, bias)
+        return h[:, None], h, c
+    valid = _valid(mask)
+
+    @tf.custom_gradient
+    def run(x, h, c, weights, bias):
+        def step(state, inputs):
+            h, c = state
+            gates, new_h, new_c = _lstm_step(inputs[0], h, c, weights, bias)
+            new = tuple(_where(*inputs[1:], n, s) if inputs[1:] else n for n, s in ((new_h, h), (new_c, c)))
+            return new, (*new, gates)
+
+        last, (hs, cs, gates) = scan(step, (h, c), _inputs(x, valid))
+        return (hs, *last), functools.partial(_lstm_backward, x, h, c, weights, valid, hs, cs, gates)
+
+    y, h, c = run(_time_first(x), h, c, weights, bias)
+    return _time_first(y), h, c
+
+
+def _lstm_step(x, h, c, weights, bias):
+    i, f, g, o = tf.split(tf.matmul(tf.concat([x, h], 1), weights) + bias, 4, 1)
+    i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
+    c = f * c + i * g
+    return tf.concat([i, f, g, o], 1), o * tf.tanh(c), c
+
+
+def _lstm_backward(x, h, c, weights, valid, hs, cs, gates, dhs, dh, dc):
+    features = x.shape[-1]
+    i, f, g, o = tf.split(gates, 4, -1)
+    tanh_c = tf.tanh(cs)
+    c_by_h = o * (1 - tanh_c * tanh_c)
+    # What dc, dc, dc, dh are multiplied by to give the gradients of i, f, g, o before their activations.
+    local = tf.concat([g * i * (1 - i), _before(c, cs) * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], -1)
+    if valid is not None:  # a padded step hands on dh and dc as they are
+        local, c_by_h = (tf.where(valid, v, tf.zeros_like(v)) for v in (local, c_by_h))
+        f = tf.where(valid, f, tf.ones_like(f))
+    recurrent = weights[features:]
+
+    def step(state, inputs):
+        dh, dc = state
+        (dy, c_by_h, local, f), *valid = inputs
+        dh = dh + dy
+        dc = dc + dh * c_by_h
+        dz = tf.concat([dc, dc, dc, dh], 1) * local
+        dh_before = tf.matmul(dz, recurrent, transpose_b=True)
+        return (_where(*valid, dh_before, dh) if valid else dh_before, dc * f), dz
+
+    (dh, dc), dz = scan(step, (dh, dc), _inputs((dhs, c_by_h, local, f), valid), reverse=True)
+    d_weights = tf.matmul(_rows(tf.concat([x, _before(h, hs)], -1)), _rows(dz), transpose_a=True)
+    return _project(dz, tf.transpose(weights[:features])), dh, dc, d_weights, tf.reduce_sum(dz, (0, 1))
+
+
+@refuses(not_fused)
+def gru(x, h, kernel, recurrent_kernel, bias=None, mask=None, **_):
+    return _gru(x, h, kernel, recurrent_kernel, bias, mask)
+
+
+@_graph
+def _gru(x, h, kernel, recurrent_kernel, bias, mask):
+    bias = tf.zeros((2, kernel.shape[1]), kernel.dtype) if bias is None else bias
+    if x.shape[1] == 1 and mask is None:
+        h = _gru_step(x[:, 0], h, kernel, recurrent_kernel, bias)[0]
+        return h[:, None], h
+    valid = _valid(mask)
+
+    @tf.custom_gradient
+    def run(x, h, kernel, recurrent_kernel, bias):
+        def step(h, inputs):
+            new, gates = _gru_step(inputs[0], h, kernel, recurrent_kernel, bias)
+            new = _where(*inputs[1:], new, h) if inputs[1:] else new
+            return new, (new, gates)
+
+        last, (hs, gates) = scan(step, h, _inputs(x, valid))
+        return (hs, last), functools.partial(_gru_backward, x, h, kernel, recurrent_kernel, valid, hs, gates)
+
+    y, h = run(_time_first(x), h, kernel, recurrent_kernel, bias)
+    return _time_first(y), h
+
+
+def _gru_step(x, h, kernel, recurrent_kernel, bias):
+    units = h.shape[1]
+    x = tf.matmul(x, kernel) + bias[0]
+    a = tf.matmul(h, recurrent_kernel) + bias[1]
+    z, r = tf.split(tf.sigmoid(x[:, : 2 * units] + a[:, : 2 * units]), 2, 1)
+    n = tf.tanh(x[:, 2 * units :] + r * a[:, 2 * units :])
+    return n + z * (h - n), tf.concat([z, r, n, a[:, 2 * units :]], 1)
+
+
+def _gru_backward(x, h, kernel, recurrent_kernel, valid, hs, gates, dhs, dh):
+    z, r, n, a_n = tf.split(gates, 4, -1)
+    before = _before(h, hs)
+    through_n = (1 - z) * (1 - n * n)
+    # What dh is multiplied by to give the gradients of h U + b', in the order z, r, n.
+    local = tf.concat([(before - n) * z * (1 - z), through_n * a_n * r * (1 - r), through_n * r], -1)
+    if valid is not None:  # a padded step hands on dh as it is
+        local, through_n = (tf.where(valid, v, tf.zeros_like(v)) for v in (local, through_n))
+        z = tf.where(valid, z, tf.ones_like(z))
+
+    def step(dh, inputs):
+        dy, local, z = inputs
+        dh = dh + dy
+        da = tf.concat([dh, dh, dh], 1) * local
+        return dh * z + tf.matmul(da, recurrent_kernel, transpose_b=True), (da, dh)
+
+    dh, (da, dh_all) = scan(step, dh, (dhs, local, z), reverse=True)
+    dx = tf.concat([da[..., : 2 * h.shape[1]], dh_all * through_n], -1)
+    d_kernel = tf.matmul(_rows(x), _rows(dx), transpose_a=True)
+    d_recurrent = tf.matmul(_rows(before), _rows(da), transpose_a=True)
+    d_bias = tf.stack([tf.reduce_sum(dx, (0, 1)), tf.reduce_sum(da, (0, 1))])
+    return _project(dx, tf.transpose(kernel)), dh, d_kernel, d_recurrent, d_bias

@@ -5,7 +5,7 @@ import numbers
 from keras import activations, constraints, ops, regularizers
 
 from keras_seq import initializers
-from keras_seq.base import Configured
+from keras_seq.base import Configured, cast
 
 
 class GateWeights(Configured):
@@ -58,7 +58,7 @@ class GateWeights(Configured):
 
     def weights_in(self, dtype):
         """`kernel, recurrent_kernel, bias` as tensors of that dtype; bias is None without `use_bias`."""
-        return [None if w is None else ops.cast(w, dtype) for w in (self.kernel, self.recurrent_kernel, self.bias)]
+        return [None if w is None else cast(w.value, dtype) for w in (self.kernel, self.recurrent_kernel, self.bias)]
 
     def _add(self, name, shape, initializer):
         kind = name.removesuffix("_kernel")

@@ -4,7 +4,7 @@ import keras
 from keras import activations, ops, tree
 
 from keras_seq import ops as seq_ops
-from keras_seq.base import SequenceLayer, random_seed
+from keras_seq.base import SequenceLayer, cast, random_seed
 from keras_seq.layers.gates import GateWeights
 
 
@@ -66,7 +66,7 @@ class Recurrent(SequenceLayer):
         if mask is not None and self.zero_output_for_mask and self.return_sequences:
             y = ops.where(mask[:, :, None], y, ops.zeros_like(y))
         y = y if self.return_sequences else y[:, -1]
-        return ops.cast(y, self.compute_dtype), state
+        return cast(y, self.compute_dtype), state
 
     def compute_output_shape(self, input_shape):
         batch, time = input_shape[:2]
@@ -111,7 +111,7 @@ class Gated(GateWeights, Recurrent):
         return ops.zeros((batch_size, self.units), self.state_dtype)
 
     def recur(self, x, state, mask, training):
-        x = ops.cast(x, self.state_dtype)
+        x = cast(x, self.state_dtype)
         recurrent_dropout = None
         if training and self.dropout:
             x = x * self._dropout_factor(self.dropout, x[:, :1])
