@@ -1,6 +1,7 @@
 """Sequence models for Keras 3 on TensorFlow, JAX and PyTorch."""
 
 from keras_seq import layers as layers
+from keras_seq import models as models
 from keras_seq.backend import kernels as kernels
 from keras_seq.base import SequenceLayer as SequenceLayer
 

@@ -180,7 +180,7 @@ class SequenceLayer(Configured):
 
     @property
     def variables(self):
-        """All variables: weights, seeds, and the state carried by `stateful=True` (which is no weight: it is not saved)."""
+        """Weights, seeds, and the state carried by `stateful=True`, which is no weight: it is not saved."""
         return super().variables + self._carried.variables
 
     # Checks ---------------------------------------------------------------------------------------------------------
@@ -270,6 +270,17 @@ def random_seed():
     A `SeedGenerator` without an explicit seed makes PyTorch's dropout use the global generator instead.
     """
     return random.randint(1, 10**9)
+
+
+def call_layer(layer, x, **kwargs):
+    """`layer(x)` for a part of a layer: without the cost of a Keras call, where that changes nothing.
+
+    A Keras call casts, sets masks and records regularizers; none of that is wanted for a built layer of the same dtype.
+    """
+    plain = layer.built and layer.compute_dtype == layer.variable_dtype and layer.quantization_mode is None
+    if plain and layer.activity_regularizer is None and dtype_of(x) in (layer.compute_dtype, "int32", "int64"):
+        return layer.call(x, **kwargs)
+    return layer(x, **kwargs)
 
 
 class _Set(set):

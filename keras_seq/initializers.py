@@ -14,7 +14,7 @@ from keras import ops
 
 
 class _Random(keras.initializers.Initializer):
-    """A random initializer. Without a seed, one is drawn from Python's generator, which `keras.utils.set_random_seed` seeds."""
+    """Without a seed, one is drawn from Python's generator, which `keras.utils.set_random_seed` seeds."""
 
     def __init__(self, seed=None):
         self.given_seed = seed

@@ -30,9 +30,8 @@ def _checked(mode, source):
     return mode
 
 
-_mode = contextvars.ContextVar(
-    "mode", default=_checked(os.environ.get("KERAS_SEQ_KERNELS", "auto"), "KERAS_SEQ_KERNELS")
-)
+_from_environment = _checked(os.environ.get("KERAS_SEQ_KERNELS", "auto"), "KERAS_SEQ_KERNELS")
+_mode = contextvars.ContextVar("mode", default=_from_environment)
 _log = contextvars.ContextVar("log", default=None)
 
 
@@ -58,12 +57,13 @@ def kernels(mode="auto"):
             layer(x)
         print(ran)  # [Ran(op='lstm', path='native', reason=None)]
     """
-    token = _mode.set(_checked(mode, "mode")), _log.set([])
+    ran = []
+    outer_mode, outer_log = _mode.set(_checked(mode, "mode")), _log.set(ran)
     try:
-        yield _log.get()
+        yield ran
     finally:
-        _mode.reset(token[0])
-        _log.reset(token[1])
+        _mode.reset(outer_mode)
+        _log.reset(outer_log)
 
 
 @functools.cache

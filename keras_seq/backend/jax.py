@@ -1,8 +1,8 @@
 """JAX kernels: scans with hand-written gradients.
 
 Automatic differentiation of a scan adds up the weight gradients step by step. Here the backward scan only carries the
-gradient of the state; the local derivatives are computed for all steps at once before it, and the weight gradients are one
-product each after it. First derivatives in reverse mode only (`jax.custom_vjp`).
+gradient of the state; the local derivatives are computed for all steps at once before it, and the weight gradients are
+one product each after it. First derivatives in reverse mode only (`jax.custom_vjp`).
 
 On a CPU the input projection is inside the step, as `[x, h] @ [W; U]`: XLA runs that 1.7 to 2.5 times faster than a
 projection of all steps ahead of the scan. The jitted functions are compiled once per shape, also when called eagerly.
@@ -10,10 +10,44 @@ projection of all steps ahead of the scan. The jitted functions are compiled onc
 
 import jax
 import jax.numpy as jnp
+import keras
 from jax.lax import scan as scan
 
 from keras_seq.backend import refuses
 from keras_seq.backend.recurrence import not_fused
+
+COMPILES = True
+
+
+def compiled(function, layer):
+    """`function(*arrays)`, which reads the variables of `layer`, compiled; their values are read at each call."""
+
+    @jax.jit
+    def pure(values, *args):
+        with keras.StatelessScope(state_mapping=list(zip(layer.variables, values, strict=True))):
+            return function(*args)
+
+    return lambda *args: pure([v.value for v in layer.variables], *args)
+
+
+def gradients(function, layer):
+    """`f(floats, *arrays) -> (aux, d loss / d weights, d loss / d floats)`, compiled, of `function -> (loss, aux)`."""
+
+    @jax.jit
+    def pure(weights, others, floats, *args):
+        def loss(weights, floats):
+            values = dict(zip(map(id, layer.trainable_variables), weights, strict=True)) | others
+            with keras.StatelessScope(state_mapping=[(v, values[id(v)]) for v in layer.variables]):
+                return function(floats, *args)
+
+        (d_weights, d_floats), aux = jax.grad(loss, argnums=(0, 1), has_aux=True)(weights, floats)
+        return aux, d_weights, d_floats
+
+    def run(floats, *args):
+        others = {id(v): v.value for v in layer.non_trainable_variables}
+        return pure([v.value for v in layer.trainable_variables], others, floats, *args)
+
+    return run
 
 
 def _time_first(x):
@@ -43,16 +77,16 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, **_):
 @jax.jit
 def _lstm(x, h, c, kernel, recurrent_kernel, bias, mask):
     bias = jnp.zeros(kernel.shape[1], kernel.dtype) if bias is None else bias
-    weights = jnp.concatenate([kernel, recurrent_kernel])
-    if x.shape[1] == 1 and mask is None:
-        _, h, c = _lstm_step(x[:, 0], h, c, weights, bias)
+    if x.shape[1] == 1:
+        _, new_h, new_c = _lstm_gates(x[:, 0] @ kernel + h @ recurrent_kernel + bias, c)
+        h, c = (new_h, new_c) if mask is None else (jnp.where(mask, new_h, h), jnp.where(mask, new_c, c))
         return h[:, None], (h, c)
+    weights = jnp.concatenate([kernel, recurrent_kernel])
     y, h, c = _lstm_scan(_time_first(x), h, c, weights, bias, _valid(mask))
     return _time_first(y), (h, c)
 
 
-def _lstm_step(x, h, c, weights, bias):
-    z = jnp.concatenate([x, h], 1) @ weights + bias
+def _lstm_gates(z, c):
     i, f, g, o = jnp.split(z, 4, -1)
     i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
     c = f * c + i * g
@@ -68,7 +102,7 @@ def _lstm_forward(x, h, c, weights, bias, valid):
     def step(state, inputs):
         h, c = state
         x, valid = inputs
-        gates, new_h, new_c = _lstm_step(x, h, c, weights, bias)
+        gates, new_h, new_c = _lstm_gates(jnp.concatenate([x, h], 1) @ weights + bias, c)
         if valid is not None:
             new_h, new_c = jnp.where(valid, new_h, h), jnp.where(valid, new_c, c)
         return (new_h, new_c), (new_h, new_c, gates)
@@ -117,8 +151,9 @@ def gru(x, h, kernel, recurrent_kernel, bias=None, mask=None, **_):
 @jax.jit
 def _gru(x, h, kernel, recurrent_kernel, bias, mask):
     bias = jnp.zeros((2, kernel.shape[1]), kernel.dtype) if bias is None else bias
-    if x.shape[1] == 1 and mask is None:
-        h = _gru_step(x[:, 0], h, kernel, recurrent_kernel, bias)[0]
+    if x.shape[1] == 1:
+        new_h = _gru_step(x[:, 0], h, kernel, recurrent_kernel, bias)[0]
+        h = new_h if mask is None else jnp.where(mask, new_h, h)
         return h[:, None], h
     y, h = _gru_scan(_time_first(x), h, kernel, recurrent_kernel, bias, _valid(mask))
     return _time_first(y), h

@@ -1,8 +1,8 @@
 """TensorFlow kernels: while loops with hand-written gradients, with and without XLA.
 
 Automatic differentiation of a loop adds up the weight gradients step by step. Here the backward loop only carries the
-gradient of the state; the local derivatives are computed for all steps at once before it, and the weight gradients are one
-product each after it. First derivatives only (`tf.custom_gradient`). Called eagerly, a kernel is a graph of its own.
+gradient of the state; the local derivatives are computed for all steps at once before it, and the weight gradients are
+one product each after it. First derivatives only (`tf.custom_gradient`). Called eagerly, a kernel is its own graph.
 """
 
 import functools
@@ -34,13 +34,42 @@ def scan(step, state, xs, reverse=False):
     return state, tree.pack_sequence_as(ys, stacked)
 
 
+COMPILES = True
+
+
+def compiled(function, layer):
+    """`function(*arrays)`, which reads the variables of `layer`, compiled; their values are read at each call."""
+    return tf.function(function, autograph=False)
+
+
+def gradients(function, layer):
+    """`f(floats, *arrays) -> (aux, d loss / d weights, d loss / d floats)`, compiled, of `function -> (loss, aux)`."""
+
+    @tf.function(autograph=False)
+    def run(floats, *args):
+        weights = [v.value for v in layer.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch((weights, floats))
+            loss, aux = function(floats, *args)
+        return aux, *tape.gradient(loss, (weights, floats), unconnected_gradients="zero")
+
+    return run
+
+
 def _graph(kernel):
-    """Calls `kernel(*tensors)` in a graph: the one that is being made, or one of its own."""
-    compiled = tf.function(kernel, reduce_retracing=True)
+    """Calls `kernel(x, h, ...)` in a graph: the one that is being made, or, called eagerly, one of its own."""
+    kernel = tf.autograph.experimental.do_not_convert(kernel)
+
+    @functools.cache
+    def compiled(*sizes):  # one for each layer's sizes, so that relaxed shapes keep them; batch and time may vary
+        return tf.function(kernel, reduce_retracing=True)
 
     @functools.wraps(kernel)
-    def call(*args):
-        return compiled(*args) if tf.executing_eagerly() else kernel(*args)
+    def call(x, h, *args):
+        if not tf.executing_eagerly():
+            return kernel(x, h, *args)
+        sizes = x.shape[1] == 1, x.dtype, x.shape[2], h.shape[1], *(a is None for a in args)
+        return compiled(*sizes)(x, h, *args)
 
     return call
 
@@ -86,17 +115,18 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, **_):
 @_graph
 def _lstm(x, h, c, kernel, recurrent_kernel, bias, mask):
     bias = tf.zeros(kernel.shape[1], kernel.dtype) if bias is None else bias
-    weights = tf.concat([kernel, recurrent_kernel], 0)
-    if x.shape[1] == 1 and mask is None:
-        _, h, c = _lstm_step(x[:, 0], h, c, weights, bias)
+    if x.shape[1] == 1:
+        _, new_h, new_c = _lstm_gates(tf.matmul(x[:, 0], kernel) + tf.matmul(h, recurrent_kernel) + bias, c)
+        h, c = _where(mask, new_h, h), _where(mask, new_c, c)
         return h[:, None], h, c
+    weights = tf.concat([kernel, recurrent_kernel], 0)
     valid = _valid(mask)
 
     @tf.custom_gradient
     def run(x, h, c, weights, bias):
         def step(state, inputs):
             h, c = state
-            gates, new_h, new_c = _lstm_step(inputs[0], h, c, weights, bias)
+            gates, new_h, new_c = _lstm_gates(tf.matmul(tf.concat([inputs[0], h], 1), weights) + bias, c)
             new = tuple(_where(*inputs[1:], n, s) if inputs[1:] else n for n, s in ((new_h, h), (new_c, c)))
             return new, (*new, gates)
 
@@ -107,8 +137,8 @@ def _lstm(x, h, c, kernel, recurrent_kernel, bias, mask):
     return _time_first(y), h, c
 
 
-def _lstm_step(x, h, c, weights, bias):
-    i, f, g, o = tf.split(tf.matmul(tf.concat([x, h], 1), weights) + bias, 4, 1)
+def _lstm_gates(z, c):
+    i, f, g, o = tf.split(z, 4, 1)
     i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
     c = f * c + i * g
     return tf.concat([i, f, g, o], 1), o * tf.tanh(c), c
@@ -148,8 +178,8 @@ def gru(x, h, kernel, recurrent_kernel, bias=None, mask=None, **_):
 @_graph
 def _gru(x, h, kernel, recurrent_kernel, bias, mask):
     bias = tf.zeros((2, kernel.shape[1]), kernel.dtype) if bias is None else bias
-    if x.shape[1] == 1 and mask is None:
-        h = _gru_step(x[:, 0], h, kernel, recurrent_kernel, bias)[0]
+    if x.shape[1] == 1:
+        h = _where(mask, _gru_step(x[:, 0], h, kernel, recurrent_kernel, bias)[0], h)
         return h[:, None], h
     valid = _valid(mask)
 

@@ -1,8 +1,8 @@
 """PyTorch kernels: the fused kernels of `torch`, and a loop with a hand-written gradient where that is faster.
 
 A mask stays on the fast path. `torch`'s kernels know none, so the valid steps of each row are moved to its front
-(`_compact`), and the outputs back to where they belong. The padding, now at the end, must not change the state: one more
-input feature, 1 on padded steps, drives the gates so far that they freeze it exactly (sigmoid(1e4) is 1, sigmoid(-1e4) is 0).
+(`_compact`), and the outputs back to where they belong. The padding, now at the end, must not change the state: one
+more input feature, 1 on padded steps, drives the gates so far that they freeze it: sigmoid(+-1e4) is 1 or 0.
 """
 
 import torch
@@ -16,12 +16,39 @@ _FREEZE = 1e4
 
 def scan(step, state, xs):
     """A Python loop. `unbind` once: a select per step has a backward that is quadratic in t."""
+    if tree.flatten(xs)[0].device.type == "meta":  # shapes only: one step tells them
+        length = len(tree.flatten(xs)[0])
+        state, y = step(state, tree.map_structure(lambda x: x[0], xs))
+        return state, tree.map_structure(lambda y: y.expand(length, *y.shape), y)
     leaves = [torch.unbind(x) for x in tree.flatten(xs)]
     ys = []
     for x in zip(*leaves, strict=True):
         state, y = step(state, tree.pack_sequence_as(xs, x))
         ys.append(y)
     return state, tree.map_structure(lambda *y: torch.stack(y), *ys)
+
+
+COMPILES = False
+
+
+def compiled(function, layer):
+    """`function(*arrays)` without gradients: PyTorch runs eagerly."""
+    return torch.no_grad()(function)
+
+
+def gradients(function, layer):
+    """`f(floats, *arrays) -> (aux, d loss / d weights, d loss / d floats)` of `function -> (loss, aux)`."""
+
+    def run(floats, *args):
+        floats = tree.map_structure(lambda x: x.detach().requires_grad_(), floats)
+        weights = [v.value for v in layer.trainable_variables]
+        loss, aux = function(floats, *args)
+        wanted = weights + tree.flatten(floats)
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        grads = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
+        return aux, grads[: len(weights)], tree.pack_sequence_as(floats, grads[len(weights) :])
+
+    return run
 
 
 def _not_fused(x, *args, **kwargs):
@@ -67,8 +94,10 @@ def simple_rnn(x, h, kernel, recurrent_kernel, bias=None, mask=None, **_):
 @refuses(_not_fused)
 def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, **_):
     h, c = state
-    if x.shape[1] == 1 and mask is None:
-        return _lstm_step(x[:, 0], h, c, kernel, recurrent_kernel, bias)
+    if x.shape[1] == 1:
+        new_h, new_c = _lstm_step(x[:, 0], h, c, kernel, recurrent_kernel, bias)
+        h, c = (new_h, new_c) if mask is None else (torch.where(mask, new_h, h), torch.where(mask, new_c, c))
+        return h[:, None], (h, c)
     if mask is not None:
         x, index = _compact(x, mask)
         padded = torch.arange(x.shape[1], device=x.device) >= index[:, -1:]
@@ -86,16 +115,17 @@ def _lstm_step(x, h, c, kernel, recurrent_kernel, bias):
     z = torch.addmm(x @ kernel if bias is None else torch.addmm(bias, x, kernel), h, recurrent_kernel)
     i, f, _, o = torch.sigmoid(z).chunk(4, 1)
     c = torch.addcmul(f * c, i, torch.tanh(z[:, 2 * units : 3 * units]))
-    h = o * torch.tanh(c)
-    return h[:, None], (h, c)
+    return o * torch.tanh(c), c
 
 
 @refuses(_not_fused)
 def gru(x, h, kernel, recurrent_kernel, bias=None, mask=None, **_):
     if bias is None:
         bias = recurrent_kernel.new_zeros(2, recurrent_kernel.shape[1])
-    if x.shape[1] == 1 and mask is None:
-        return _gru_step(x[:, 0], h, kernel, recurrent_kernel, bias)
+    if x.shape[1] == 1:
+        new_h = _gru_step(x[:, 0], h, kernel, recurrent_kernel, bias)
+        h = new_h if mask is None else torch.where(mask, new_h, h)
+        return h[:, None], h
     if x.device.type == "cuda":
         if mask is not None:
             x, kernel = _freeze(x, kernel, ~mask, (1, 0, 0))  # z = 1: h' = h
@@ -117,8 +147,7 @@ def _gru_step(x, h, kernel, recurrent_kernel, bias):
     a = torch.addmm(bias[1], h, recurrent_kernel)
     units = 2 * h.shape[1]
     z, r = torch.sigmoid(x[:, :units] + a[:, :units]).chunk(2, 1)
-    h = torch.lerp(torch.tanh(torch.addcmul(x[:, units:], r, a[:, units:])), h, z)
-    return h[:, None], h
+    return torch.lerp(torch.tanh(torch.addcmul(x[:, units:], r, a[:, units:])), h, z)
 
 
 class _GRU(torch.autograd.Function):

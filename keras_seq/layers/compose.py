@@ -4,7 +4,7 @@ import inspect
 
 import keras
 
-from keras_seq.base import SequenceLayer
+from keras_seq.base import SequenceLayer, call_layer
 
 _MIX_TIME = (
     keras.layers.RNN,
@@ -43,13 +43,13 @@ class TimeWise(SequenceLayer):
 
     Call: x `(b, t, ...)` -> whatever the layer gives, with the same b and t.
 
-    Raises: ValueError if the layer is one of Keras's that mix time steps (convolution, pooling, attention, RNN,
-    reshaping), or if its output has another number of steps than its input.
+    Raises: ValueError if the layer is a sequence layer, or one of Keras's that mix time steps (convolution, pooling,
+    attention, RNN, reshaping), or if its output has another number of steps than its input.
     """
 
     def __init__(self, layer, **kwargs):
         super().__init__(**kwargs)
-        if not isinstance(layer, keras.layers.Layer) or isinstance(layer, _MIX_TIME):
+        if not isinstance(layer, keras.layers.Layer) or isinstance(layer, (SequenceLayer, *_MIX_TIME)):
             raise ValueError(
                 f"{self._title} takes a Keras layer that acts on each time step alone. Received: {layer!r}"
             )
@@ -67,7 +67,7 @@ class TimeWise(SequenceLayer):
 
     def advance(self, x, state, mask=None, training=False):
         given = {"training": training, "mask": mask}
-        return self.layer(x, **{k: given[k] for k in self._takes}), state
+        return call_layer(self.layer, x, **{k: given[k] for k in self._takes}), state
 
     def compute_output_shape(self, input_shape):
         return tuple(self.layer.compute_output_shape(tuple(input_shape)))

@@ -154,6 +154,9 @@ class SimpleRNN(Gated):
     Source: Elman 1990.
     """
 
+    def __init__(self, units, activation="tanh", use_bias=True, **kwargs):
+        super().__init__(units, activation, use_bias, **kwargs)
+
     def recurrence(self, *args, **kwargs):
         return seq_ops.simple_rnn(*args, **kwargs)
 

@@ -1,0 +1,121 @@
+"""What every model of the next token shares."""
+
+import keras
+from keras import ops
+
+from keras_seq import decoding
+from keras_seq.base import SequenceLayer, dtype_of
+
+
+class LanguageModel(SequenceLayer, keras.Model):
+    """A model of the next token: `logits, state = model(tokens, initial_state=None, return_state=True)`.
+
+    It is a sequence layer (the splitting law, `step`, `stateful`) and a Keras model (`fit`, `predict`, `save`).
+
+    `fit(tokens)` trains with teacher forcing: the target of each token is the next one in its row.
+    `fit(tokens, targets)` trains on targets of your own. Without a loss in `compile` the loss is the mean cross-entropy
+    in nats per token; padded targets do not count.
+
+    Args:
+        vocab_size: number of token ids.
+        pad_id: the id that is padding, in inputs and in targets, where no mask is given; None if there is none.
+        **kwargs: `stateful` and those of `keras.Model`.
+
+    A subclass writes `logits(tokens, state, mask, training)`, `build` and `initial_state`.
+    """
+
+    def __init__(self, vocab_size, pad_id=0, **kwargs):
+        super().__init__(**kwargs)
+        if vocab_size < 1:
+            raise ValueError(f"`vocab_size` must be a positive integer. Received: vocab_size={vocab_size!r}")
+        self.vocab_size = vocab_size
+        self.pad_id = pad_id
+
+    def logits(self, tokens, state, mask=None, training=False):
+        """Runs over tokens `(b, t)` from `state`: returns logits `(b, t, vocab_size)` and the next state."""
+        raise NotImplementedError
+
+    def advance(self, x, state, mask=None, training=False):
+        if "int" not in dtype_of(x):
+            x = ops.cast(x, "int32")
+        return self.logits(x, state, self.compute_mask(x, mask), training)
+
+    def initial_state(self, batch_size, max_length=None):
+        """The state before the first token; `max_length`: how many there will be, for states of fixed capacity."""
+        raise NotImplementedError
+
+    def compute_mask(self, inputs, mask=None):
+        return mask if mask is not None or self.pad_id is None else inputs != self.pad_id
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape, self.vocab_size)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if y is None:
+            y, y_pred = ops.cast(x[:, 1:], "int32"), y_pred[:, :-1]
+            valid = self.compute_mask(y, None)
+            if valid is not None:
+                weight = ops.cast(valid, "float32")
+                sample_weight = weight if sample_weight is None else weight * ops.reshape(sample_weight, (-1, 1))
+        if self.loss is not None:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+        y_pred_mask = getattr(y_pred, "_keras_mask", None)
+        y_pred = ops.cast(y_pred, "float32")
+        if y_pred_mask is not None:
+            y_pred._keras_mask = y_pred_mask
+        return sum(self.losses, loss(y, y_pred, sample_weight))
+
+    def generate(
+        self,
+        prompt_tokens,
+        max_new_tokens,
+        sampler=None,
+        *,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        seed=None,
+        stop_tokens=(),
+        mask=None,
+    ):
+        """Generates tokens after a prompt.
+
+        Args:
+            prompt_tokens: token ids: `(t,)`, `(b, t)`, or a list of lists of any lengths.
+            max_new_tokens: number of tokens, >= 1.
+            sampler: `"greedy"`, `"sample"`, a function `(logits, u) -> token` (see `keras_seq.decoding`), or None:
+                greedy, unless one of the next three is given.
+            temperature, top_k, top_p: as in `keras_seq.decoding.Sampling`.
+            seed: integer; the same seed gives the same tokens.
+            stop_tokens: a row ends after one of these.
+            mask: `(b, t)` bool of the prompt, True = valid, any pattern; default: where it is not `pad_id`.
+
+        Returns:
+            NumPy int32 array of the new tokens `(b, max_new_tokens)`, or `(max_new_tokens,)` for a prompt `(t,)`;
+            filled up with `pad_id` after the end of a row.
+
+        Raises: ValueError for an empty prompt, a token outside of the vocabulary, arguments out of range.
+        """
+        sampler = decoding.get_sampler(sampler, temperature, top_k, top_p)
+        return decoding.generate(self, prompt_tokens, max_new_tokens, sampler, seed, stop_tokens, mask)
+
+    def stream(
+        self,
+        prompt_tokens,
+        max_new_tokens,
+        sampler=None,
+        *,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        seed=None,
+        stop_tokens=(),
+        mask=None,
+    ):
+        """Yields the tokens of `generate`, with the same arguments, one by one as they are made.
+
+        Returns: an iterator of ints for a prompt `(t,)`, else of arrays `(b,)`.
+        """
+        sampler = decoding.get_sampler(sampler, temperature, top_k, top_p)
+        return decoding.stream(self, prompt_tokens, max_new_tokens, sampler, seed, stop_tokens, mask)

@@ -1,0 +1,79 @@
+"""Every public layer and model through every check of the contract."""
+
+import keras
+import pytest
+
+from keras_seq import initializers, layers, models
+from keras_seq.testing import CHECKS, check_layer
+
+
+class Sum:
+    """A cell without weights, with a state in Keras's form."""
+
+    state_size = 8
+
+    def __call__(self, x, state):
+        total = state[0] + x
+        return total, [total]
+
+
+@keras.saving.register_keras_serializable("tests")
+class Projected(keras.layers.Layer):
+    """A user's cell whose output is no part of its state."""
+
+    output_size = 3
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight((input_shape[-1], 4), "glorot_uniform", name="kernel")
+        self.projection = self.add_weight((4, 3), "glorot_uniform", name="projection")
+
+    def initial_state(self, batch_size):
+        return {"h": keras.ops.zeros((batch_size, 4))}
+
+    def call(self, x, state):
+        h = keras.ops.tanh(0.5 * state["h"] + x @ self.kernel)
+        return h @ self.projection, {"h": h}
+
+
+LAYERS = {
+    "SimpleRNN": lambda: layers.SimpleRNN(5, return_sequences=True),
+    "LSTM": lambda: layers.LSTM(5, return_sequences=True),
+    "LSTM last output": lambda: layers.LSTM(5),
+    "LSTM other activations": lambda: layers.LSTM(
+        5,
+        "softsign",
+        "hard_sigmoid",
+        use_bias=False,
+        return_sequences=True,
+        kernel_initializer=keras.initializers.HeNormal(0),
+    ),
+    "LSTM zero output": lambda: layers.LSTM(5, return_sequences=True, zero_output_for_mask=True),
+    "LSTM dropout": lambda: layers.LSTM(5, return_sequences=True, dropout=0.3, recurrent_dropout=0.2),
+    "LSTM backwards": lambda: layers.LSTM(5, go_backwards=True),
+    "GRU": lambda: layers.GRU(5, return_sequences=True),
+    "GRU no bias": lambda: layers.GRU(5, return_sequences=True, use_bias=False),
+    "GRU reset before": lambda: layers.GRU(5, return_sequences=True, reset_after=False),
+    "RNN of LayerNormLSTMCell": lambda: layers.RNN(layers.LayerNormLSTMCell(5), return_sequences=True),
+    "RNN of PeepholeLSTMCell": lambda: layers.RNN(layers.PeepholeLSTMCell(5)),
+    "RNN of a Keras cell": lambda: layers.RNN(
+        keras.layers.GRUCell(5, recurrent_initializer=initializers.Orthogonal()), return_sequences=True
+    ),
+    "RNN of a projecting cell": lambda: layers.RNN(Projected()),
+    "Bidirectional": lambda: layers.Bidirectional(layers.LSTM(5, return_sequences=True)),
+    "Bidirectional last output": lambda: layers.Bidirectional(layers.GRU(5), merge_mode="sum"),
+    "TimeWise": lambda: layers.TimeWise(keras.layers.Dense(5)),
+    "Stack": lambda: layers.Stack(
+        [layers.LSTM(6, return_sequences=True), keras.layers.Dense(5, "tanh"), layers.GRU(3, return_sequences=True)]
+    ),
+    "Residual": lambda: layers.Residual(
+        [keras.layers.LayerNormalization(), layers.GRU(8, return_sequences=True), keras.layers.Dropout(0.2, seed=3)]
+    ),
+    "RecurrentLM": lambda: models.RecurrentLM(11, 6, num_layers=2, cell="gru", dropout=0.1),
+    "RecurrentLM tied": lambda: models.RecurrentLM(11, 6, tie_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", LAYERS)
+def test_conformance(name, check):
+    check_layer(LAYERS[name], checks=[check])
