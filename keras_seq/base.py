@@ -96,6 +96,11 @@ class SequenceLayer(Configured):
         """
         raise NotImplementedError
 
+    def advance_one(self, x_t, state):
+        """`advance` by one step `x_t` `(b, ...)`, in inference: `(y_t, state)`. To write it is a matter of speed."""
+        y, state = self.advance(x_t[:, None], state)
+        return (y[:, 0] if self.return_sequences else y), state
+
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
 
@@ -145,12 +150,10 @@ class SequenceLayer(Configured):
         Raises:
             ValueError: the layer needs the future; a state of another structure or shape than expected.
         """
-        signature = _signature((x_t, state))
+        signature = _signature(x_t), _signature(state)
         if signature in self._checked_steps:  # the layer's own mathematics, without the cost of a Keras call
-            y, state = self.advance(x_t[:, None], state)
-        else:
-            y, state = self._first_step(x_t, state, signature)
-        return (y[:, 0] if self.return_sequences else y), state
+            return self.advance_one(x_t, state)
+        return self._first_step(x_t, state, signature)
 
     def _first_step(self, x_t, state, signature):
         """A step through the whole of `call`; the next like it need not be checked again."""
@@ -162,7 +165,7 @@ class SequenceLayer(Configured):
         plain = self.compute_dtype == self.variable_dtype and dtype_of(x) in (self.compute_dtype, "int32", "int64")
         if plain and ops.is_tensor(x_t) and signature[-1] == _signature(last):
             self._checked_steps.add(signature)
-        return y, last
+        return (y[:, 0] if self.return_sequences else y), last
 
     def reset_state(self):
         """Forgets the state that `stateful=True` carries, here and in all layers inside."""
@@ -287,7 +290,7 @@ class _Set(set):
     """A set that Keras does not track."""
 
 
-_DTYPES = {}
+_DTYPES: dict = {}
 
 
 def dtype_of(x):
@@ -304,10 +307,13 @@ def cast(x, dtype):
 
 
 def _signature(x):
-    """Types, shapes and dtypes of a nest of tensors."""
-    if isinstance(x, list | tuple):
-        return type(x), *map(_signature, x)
-    return type(x), getattr(x, "shape", None), getattr(x, "dtype", None)
+    """Shapes and dtypes of tuples of tensors."""
+    if isinstance(x, tuple):
+        return tuple([_signature(v) for v in x])
+    try:
+        return x.shape, x.dtype
+    except AttributeError:
+        return type(x)
 
 
 def _tensor(x):

@@ -21,10 +21,10 @@ class _Random(keras.initializers.Initializer):
         self.seed = random.randint(1, 10**9) if seed is None else int(seed)
 
     def __call__(self, shape, dtype=None):
-        values = self.draw(np.random.Generator(np.random.Philox(self.seed)), tuple(shape))
+        values = self._draw(np.random.Generator(np.random.Philox(self.seed)), tuple(shape))
         return ops.convert_to_tensor(values, dtype=dtype or keras.config.floatx())
 
-    def draw(self, generator, shape):
+    def _draw(self, generator, shape):
         raise NotImplementedError
 
     def get_config(self):
@@ -33,13 +33,18 @@ class _Random(keras.initializers.Initializer):
 
 @keras.saving.register_keras_serializable("keras_seq")
 class RandomUniform(_Random):
-    """Uniform between `minval` and `maxval`."""
+    """Uniform between `minval` and `maxval`.
+
+    Args:
+        minval, maxval: the bounds.
+        seed: integer, or None to draw one.
+    """
 
     def __init__(self, minval=-0.05, maxval=0.05, seed=None):
         super().__init__(seed)
         self.minval, self.maxval = minval, maxval
 
-    def draw(self, generator, shape):
+    def _draw(self, generator, shape):
         return generator.uniform(self.minval, self.maxval, shape)
 
     def get_config(self):
@@ -48,13 +53,18 @@ class RandomUniform(_Random):
 
 @keras.saving.register_keras_serializable("keras_seq")
 class RandomNormal(_Random):
-    """Normal with the given mean and standard deviation."""
+    """Normal with the given mean and standard deviation.
+
+    Args:
+        mean, stddev: mean and standard deviation.
+        seed: integer, or None to draw one.
+    """
 
     def __init__(self, mean=0.0, stddev=0.05, seed=None):
         super().__init__(seed)
         self.mean, self.stddev = mean, stddev
 
-    def draw(self, generator, shape):
+    def _draw(self, generator, shape):
         return generator.normal(self.mean, self.stddev, shape)
 
     def get_config(self):
@@ -68,7 +78,7 @@ class GlorotUniform(_Random):
     Source: Glorot & Bengio 2010.
     """
 
-    def draw(self, generator, shape):
+    def _draw(self, generator, shape):
         receptive = math.prod(shape[:-2])
         fan_in, fan_out = (shape[-2:] if len(shape) > 1 else shape * 2) if shape else (1, 1)
         limit = math.sqrt(6 / (receptive * (fan_in + fan_out)))
@@ -86,7 +96,7 @@ class Orthogonal(_Random):
         super().__init__(seed)
         self.gain = gain
 
-    def draw(self, generator, shape):
+    def _draw(self, generator, shape):
         if len(shape) < 2:
             raise ValueError(f"An orthogonal initializer needs at least two axes. Received shape: {shape}")
         rows, columns = math.prod(shape[:-1]), shape[-1]
@@ -113,7 +123,11 @@ _BY_NAME = {
 
 
 def get(identifier):
-    """This library's initializer of that name where there is one, else whatever `keras.initializers.get` gives."""
+    """This library's initializer of that name where there is one, else whatever `keras.initializers.get` gives.
+
+    Args:
+        identifier: a name such as `"glorot_uniform"`, an initializer, a config, or None.
+    """
     if isinstance(identifier, str) and identifier in _BY_NAME:
         return _BY_NAME[identifier]()
     return keras.initializers.get(identifier)

@@ -32,7 +32,7 @@ def _checked(mode, source):
 
 _from_environment = _checked(os.environ.get("KERAS_SEQ_KERNELS", "auto"), "KERAS_SEQ_KERNELS")
 _mode = contextvars.ContextVar("mode", default=_from_environment)
-_log = contextvars.ContextVar("log", default=None)
+_log: contextvars.ContextVar[list[Ran] | None] = contextvars.ContextVar("log", default=None)
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def kernels(mode="auto"):
             layer(x)
         print(ran)  # [Ran(op='lstm', path='native', reason=None)]
     """
-    ran = []
+    ran: list[Ran] = []
     outer_mode, outer_log = _mode.set(_checked(mode, "mode")), _log.set(ran)
     try:
         yield ran
@@ -92,10 +92,10 @@ def native(reference):
     @functools.wraps(reference)
     def dispatch(*args, **kwargs):
         mode, log = _mode.get(), _log.get()
-        kernel = getattr(current(), name, None)
+        kernel = getattr(current(), name, reference)
         if mode == "reference":
             reason = "the mode is 'reference'"
-        elif kernel is None:
+        elif kernel is reference:
             reason = f"{keras.config.backend()} has none"
         else:
             reason = kernel.refuses(*args, **kwargs)
@@ -105,5 +105,5 @@ def native(reference):
             log.append(Ran(name, "reference" if reason else "native", reason))
         return (reference if reason else kernel)(*args, **kwargs)
 
-    dispatch.reference = reference
+    dispatch.reference = reference  # type: ignore[attr-defined]
     return dispatch

@@ -78,12 +78,25 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, **_):
 def _lstm(x, h, c, kernel, recurrent_kernel, bias, mask):
     bias = jnp.zeros(kernel.shape[1], kernel.dtype) if bias is None else bias
     if x.shape[1] == 1:
-        _, new_h, new_c = _lstm_gates(x[:, 0] @ kernel + h @ recurrent_kernel + bias, c)
+        _, (new_h, new_c) = _lstm_step(x[:, 0], (h, c), kernel, recurrent_kernel, bias)
         h, c = (new_h, new_c) if mask is None else (jnp.where(mask, new_h, h), jnp.where(mask, new_c, c))
         return h[:, None], (h, c)
     weights = jnp.concatenate([kernel, recurrent_kernel])
     y, h, c = _lstm_scan(_time_first(x), h, c, weights, bias, _valid(mask))
     return _time_first(y), (h, c)
+
+
+@refuses(not_fused)
+def lstm_step(x, state, kernel, recurrent_kernel, bias=None, **_):
+    return _lstm_step(x, tuple(state), kernel, recurrent_kernel, bias)
+
+
+@jax.jit
+def _lstm_step(x, state, kernel, recurrent_kernel, bias):
+    h, c = state
+    z = x @ kernel + h @ recurrent_kernel
+    _, h, c = _lstm_gates(z if bias is None else z + bias, c)
+    return h, (h, c)
 
 
 def _lstm_gates(z, c):
@@ -124,18 +137,18 @@ def _lstm_backward(saved, gradients):
         local, c_by_h, f = jnp.where(valid, local, 0), jnp.where(valid, c_by_h, 0), jnp.where(valid, f, 1)
     recurrent = weights[features:].T
 
-    def step(state, inputs):
-        dh, dc = state
-        dy, c_by_h, local, f, valid = inputs
-        dh = dh + dy
-        dc = dc + dh * c_by_h
-        dz = jnp.concatenate([dc, dc, dc, dh], -1) * local
-        dh_before = dz @ recurrent
+    def step(i, carry):
+        t = len(dhs) - 1 - i
+        dh, dc, dz = carry  # dz holds `local` before t, and overwrites it from there: half the memory of two arrays
+        dh = dh + dhs[t]
+        dc = dc + dh * c_by_h[t]
+        dz_t = jnp.concatenate([dc, dc, dc, dh], -1) * dz[t]
+        dh_before = dz_t @ recurrent
         if valid is not None:
-            dh_before = jnp.where(valid, dh_before, dh)
-        return (dh_before, dc * f), dz
+            dh_before = jnp.where(valid[t], dh_before, dh)
+        return dh_before, dc * f[t], dz.at[t].set(dz_t)
 
-    (dh, dc), dz = scan(step, (dh, dc), (dhs, c_by_h, local, f, valid), reverse=True)
+    dh, dc, dz = jax.lax.fori_loop(0, len(dhs), step, (dh, dc, local))
     d_weights = jnp.concatenate([_rows(x), _rows(_before(h, hs))], 1).T @ _rows(dz)
     return dz @ weights[:features].T, dh, dc, d_weights, dz.sum((0, 1)), None
 
@@ -166,6 +179,18 @@ def _gru_step(x, h, kernel, recurrent_kernel, bias):
     z, r = jnp.split(jax.nn.sigmoid(x[:, : 2 * units] + a[:, : 2 * units]), 2, -1)
     n = jnp.tanh(x[:, 2 * units :] + r * a[:, 2 * units :])
     return n + z * (h - n), jnp.concatenate([z, r, n, a[:, 2 * units :]], -1)
+
+
+@refuses(not_fused)
+def gru_step(x, h, kernel, recurrent_kernel, bias=None, **_):
+    return _gru_one(x, h, kernel, recurrent_kernel, bias)
+
+
+@jax.jit
+def _gru_one(x, h, kernel, recurrent_kernel, bias):
+    bias = jnp.zeros((2, kernel.shape[1]), kernel.dtype) if bias is None else bias
+    h = _gru_step(x, h, kernel, recurrent_kernel, bias)[0]
+    return h, h
 
 
 @jax.custom_vjp

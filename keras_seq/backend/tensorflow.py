@@ -103,7 +103,12 @@ def _where(valid, new, old):
 
 
 def _inputs(x, valid):
+    """What a loop reads at each step; `_unpack` gives `(x, valid)` back."""
     return (x,) if valid is None else (x, valid)
+
+
+def _unpack(inputs):
+    return inputs if len(inputs) == 2 else (*inputs, None)
 
 
 @refuses(not_fused)
@@ -126,8 +131,9 @@ def _lstm(x, h, c, kernel, recurrent_kernel, bias, mask):
     def run(x, h, c, weights, bias):
         def step(state, inputs):
             h, c = state
-            gates, new_h, new_c = _lstm_gates(tf.matmul(tf.concat([inputs[0], h], 1), weights) + bias, c)
-            new = tuple(_where(*inputs[1:], n, s) if inputs[1:] else n for n, s in ((new_h, h), (new_c, c)))
+            x, valid = _unpack(inputs)
+            gates, new_h, new_c = _lstm_gates(tf.matmul(tf.concat([x, h], 1), weights) + bias, c)
+            new = _where(valid, new_h, h), _where(valid, new_c, c)
             return new, (*new, gates)
 
         last, (hs, cs, gates) = scan(step, (h, c), _inputs(x, valid))
@@ -135,6 +141,12 @@ def _lstm(x, h, c, kernel, recurrent_kernel, bias, mask):
 
     y, h, c = run(_time_first(x), h, c, weights, bias)
     return _time_first(y), h, c
+
+
+@refuses(not_fused)
+def lstm_step(x, state, kernel, recurrent_kernel, bias=None, **_):
+    y, h, c = _lstm(x[:, None], *state, kernel, recurrent_kernel, bias, None)
+    return y[:, 0], (h, c)
 
 
 def _lstm_gates(z, c):
@@ -158,12 +170,12 @@ def _lstm_backward(x, h, c, weights, valid, hs, cs, gates, dhs, dh, dc):
 
     def step(state, inputs):
         dh, dc = state
-        (dy, c_by_h, local, f), *valid = inputs
+        (dy, c_by_h, local, f), valid = _unpack(inputs)
         dh = dh + dy
         dc = dc + dh * c_by_h
         dz = tf.concat([dc, dc, dc, dh], 1) * local
         dh_before = tf.matmul(dz, recurrent, transpose_b=True)
-        return (_where(*valid, dh_before, dh) if valid else dh_before, dc * f), dz
+        return (_where(valid, dh_before, dh), dc * f), dz
 
     (dh, dc), dz = scan(step, (dh, dc), _inputs((dhs, c_by_h, local, f), valid), reverse=True)
     d_weights = tf.matmul(_rows(tf.concat([x, _before(h, hs)], -1)), _rows(dz), transpose_a=True)
@@ -186,8 +198,9 @@ def _gru(x, h, kernel, recurrent_kernel, bias, mask):
     @tf.custom_gradient
     def run(x, h, kernel, recurrent_kernel, bias):
         def step(h, inputs):
-            new, gates = _gru_step(inputs[0], h, kernel, recurrent_kernel, bias)
-            new = _where(*inputs[1:], new, h) if inputs[1:] else new
+            x, valid = _unpack(inputs)
+            new, gates = _gru_step(x, h, kernel, recurrent_kernel, bias)
+            new = _where(valid, new, h)
             return new, (new, gates)
 
         last, (hs, gates) = scan(step, h, _inputs(x, valid))
@@ -195,6 +208,12 @@ def _gru(x, h, kernel, recurrent_kernel, bias, mask):
 
     y, h = run(_time_first(x), h, kernel, recurrent_kernel, bias)
     return _time_first(y), h
+
+
+@refuses(not_fused)
+def gru_step(x, h, kernel, recurrent_kernel, bias=None, **_):
+    y, h = _gru(x[:, None], h, kernel, recurrent_kernel, bias, None)
+    return y[:, 0], h
 
 
 def _gru_step(x, h, kernel, recurrent_kernel, bias):

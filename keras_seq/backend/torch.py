@@ -92,10 +92,16 @@ def simple_rnn(x, h, kernel, recurrent_kernel, bias=None, mask=None, **_):
 
 
 @refuses(_not_fused)
+def simple_rnn_step(x, h, kernel, recurrent_kernel, bias=None, **_):
+    h = torch.tanh(torch.addmm(x @ kernel if bias is None else torch.addmm(bias, x, kernel), h, recurrent_kernel))
+    return h, h
+
+
+@refuses(_not_fused)
 def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, **_):
     h, c = state
     if x.shape[1] == 1:
-        new_h, new_c = _lstm_step(x[:, 0], h, c, kernel, recurrent_kernel, bias)
+        _, (new_h, new_c) = lstm_step(x[:, 0], state, kernel, recurrent_kernel, bias)
         h, c = (new_h, new_c) if mask is None else (torch.where(mask, new_h, h), torch.where(mask, new_c, c))
         return h[:, None], (h, c)
     if mask is not None:
@@ -110,12 +116,10 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, **_):
     return y, (y[:, -1], c[0])
 
 
-def _lstm_step(x, h, c, kernel, recurrent_kernel, bias):
-    units = h.shape[1]
-    z = torch.addmm(x @ kernel if bias is None else torch.addmm(bias, x, kernel), h, recurrent_kernel)
-    i, f, _, o = torch.sigmoid(z).chunk(4, 1)
-    c = torch.addcmul(f * c, i, torch.tanh(z[:, 2 * units : 3 * units]))
-    return o * torch.tanh(c), c
+@refuses(_not_fused)
+def lstm_step(x, state, kernel, recurrent_kernel, bias=None, **_):
+    state = torch.lstm_cell(x, state, kernel.T, recurrent_kernel.T, bias)
+    return state[0], state
 
 
 @refuses(_not_fused)
@@ -123,7 +127,7 @@ def gru(x, h, kernel, recurrent_kernel, bias=None, mask=None, **_):
     if bias is None:
         bias = recurrent_kernel.new_zeros(2, recurrent_kernel.shape[1])
     if x.shape[1] == 1:
-        new_h = _gru_step(x[:, 0], h, kernel, recurrent_kernel, bias)
+        new_h, _ = gru_step(x[:, 0], h, kernel, recurrent_kernel, bias)
         h = new_h if mask is None else torch.where(mask, new_h, h)
         return h[:, None], h
     if x.device.type == "cuda":
@@ -142,12 +146,16 @@ def _reorder(weight, order):
     return torch.cat([gates[i] for i in order], -1)
 
 
-def _gru_step(x, h, kernel, recurrent_kernel, bias):
-    x = torch.addmm(bias[0], x, kernel)
-    a = torch.addmm(bias[1], h, recurrent_kernel)
+@refuses(_not_fused)
+def gru_step(x, h, kernel, recurrent_kernel, bias=None, **_):
+    if bias is None:
+        x, a = x @ kernel, h @ recurrent_kernel
+    else:
+        x, a = torch.addmm(bias[0], x, kernel), torch.addmm(bias[1], h, recurrent_kernel)
     units = 2 * h.shape[1]
     z, r = torch.sigmoid(x[:, :units] + a[:, :units]).chunk(2, 1)
-    return torch.lerp(torch.tanh(torch.addcmul(x[:, units:], r, a[:, units:])), h, z)
+    h = torch.lerp(torch.tanh(torch.addcmul(x[:, units:], r, a[:, units:])), h, z)
+    return h, h
 
 
 class _GRU(torch.autograd.Function):

@@ -69,7 +69,8 @@ def to_torch_rnn(layer, prefix=""):
     Raises:
         CheckpointError: the layer is not built, or torch.nn has no module like it.
     """
-    directions, arrays = _directions(layer), {}
+    directions = _directions(layer)
+    arrays: dict = {}
     for end, one in directions.items():
         if not one.built:
             raise CheckpointError(f"Expected a built layer, which has weights. Received: {one!r}")
@@ -140,7 +141,8 @@ def _levels(layer):
 def _torch_shapes(directions, input_size):
     """`{name: shape}` of the torch module whose first layer is the first of `directions`, and the others like it."""
     first, ends = directions["l0"], ("", "_reverse") if "l0_reverse" in directions else ("",)
-    rows, shapes = first.gates * first.units, {}
+    rows = first.gates * first.units
+    shapes: dict = {}
     for i in range(sum(not end.endswith("_reverse") for end in directions)):
         for end in ends:
             d = first.units * len(ends) if i else input_size

@@ -39,6 +39,7 @@ class LSTMLikeCell(Cell):
         self.forget_gate = 1 if unit_forget_bias else None
 
     def initial_state(self, batch_size):
+        """`(h, c)` of zeros, each `(batch_size, units)`."""
         return tuple(ops.zeros((batch_size, self.units), self.state_dtype) for _ in "hc")
 
 
@@ -81,15 +82,15 @@ class LayerNormLSTMCell(LSTMLikeCell):
     def call(self, x, state):
         kernel, recurrent_kernel, bias = self.weights_in(self.state_dtype)
         h, c = state
-        z = self.norm(ops.cast(x, self.state_dtype) @ kernel, self.input_gain)
-        z = z + self.norm(h @ recurrent_kernel, self.recurrent_gain)
+        z = self._norm(ops.cast(x, self.state_dtype) @ kernel, self.input_gain)
+        z = z + self._norm(h @ recurrent_kernel, self.recurrent_gain)
         i, f, g, o = ops.split(z if bias is None else z + bias, 4, axis=-1)
         s = self.recurrent_activation
         c = s(f) * c + s(i) * self.activation(g)
-        h = s(o) * self.activation(self.norm(c, self.state_gain) + ops.cast(self.state_bias, c.dtype))
+        h = s(o) * self.activation(self._norm(c, self.state_gain) + ops.cast(self.state_bias, c.dtype))
         return h, (h, c)
 
-    def norm(self, a, gain):
+    def _norm(self, a, gain):
         a = a - ops.mean(a, axis=-1, keepdims=True)
         variance = ops.mean(a * a, axis=-1, keepdims=True)
         return ops.cast(gain, a.dtype) * a * ops.rsqrt(variance + self.epsilon)

@@ -119,7 +119,7 @@ class Stack(SequenceLayer):
             self._require_splittable("stateful=True")
 
     @property
-    def return_sequences(self):
+    def return_sequences(self):  # type: ignore[override]
         return self.parts[-1].return_sequences
 
     @property
@@ -141,6 +141,13 @@ class Stack(SequenceLayer):
             x, part_state = part.advance(x, part_state, mask=given, training=training)
             states.append(part_state)
         return x, tuple(states)
+
+    def advance_one(self, x_t, state):
+        states = []
+        for part, part_state in zip(self.parts, state, strict=True):
+            x_t, part_state = part.advance_one(x_t, part_state)
+            states.append(part_state)
+        return x_t, tuple(states)
 
     def compute_output_shape(self, input_shape):
         for part in self.parts:
@@ -182,6 +189,10 @@ class Residual(Stack):
     def advance(self, x, state, mask=None, training=False):
         y, state = super().advance(x, state, mask=mask, training=training)
         return x + y, state
+
+    def advance_one(self, x_t, state):
+        y, state = super().advance_one(x_t, state)
+        return x_t + y, state
 
 
 def _build(layer, input_shape):

@@ -12,7 +12,7 @@ class GateWeights(Configured):
     """`kernel` `(d, gates * units)`, `recurrent_kernel` `(units, gates * units)`, `bias`: Keras's names and layout."""
 
     gates = 1
-    forget_gate = None  # the index of the gate whose bias starts at 1
+    forget_gate: int | None = None  # the index of the gate whose bias starts at 1
 
     def __init__(
         self,

@@ -106,6 +106,7 @@ class Gated(GateWeights, Recurrent):
     def build(self, input_shape):
         super().build(input_shape)
         self.input_spec = keras.InputSpec(ndim=3, axes={-1: input_shape[-1]})
+        self._one_dtype = self.variable_dtype == self.compute_dtype == self.state_dtype
 
     def initial_state(self, batch_size):
         return ops.zeros((batch_size, self.units), self.state_dtype)
@@ -117,13 +118,22 @@ class Gated(GateWeights, Recurrent):
             x = x * self._dropout_factor(self.dropout, x[:, :1])
         if training and self.recurrent_dropout:
             recurrent_dropout = self._dropout_factor(self.recurrent_dropout, tree.flatten(state)[0])
-        weights = self.weights_in(self.state_dtype)
-        return self.recurrence(
-            x, state, *weights, mask, activation=self.activation, recurrent_dropout=recurrent_dropout
-        )
+        kernel, recurrent_kernel, bias = self.weights_in(self.state_dtype)
+        options = {"activation": self.activation, "recurrent_dropout": recurrent_dropout}
+        return self.recurrence(x, state, kernel, recurrent_kernel, bias, mask, **options)
+
+    def advance_one(self, x_t, state):
+        if not self._one_dtype or self.go_backwards:
+            return super().advance_one(x_t, state)
+        bias = None if self.bias is None else self.bias.value
+        return self.one_step(x_t, state, self.kernel.value, self.recurrent_kernel.value, bias)
 
     def recurrence(self, x, state, kernel, recurrent_kernel, bias, mask, **kwargs):
         """The operation of `keras_seq.ops` that this layer is."""
+        raise NotImplementedError
+
+    def one_step(self, x, state, kernel, recurrent_kernel, bias):
+        """The same operation for one step."""
         raise NotImplementedError
 
     def _dropout_factor(self, rate, like):
@@ -159,6 +169,9 @@ class SimpleRNN(Gated):
 
     def recurrence(self, *args, **kwargs):
         return seq_ops.simple_rnn(*args, **kwargs)
+
+    def one_step(self, *args):
+        return seq_ops.simple_rnn_step(*args, activation=self.activation)
 
 
 @keras.saving.register_keras_serializable("keras_seq")
@@ -208,6 +221,9 @@ class LSTM(Gated):
     def recurrence(self, *args, **kwargs):
         return seq_ops.lstm(*args, recurrent_activation=self.recurrent_activation, **kwargs)
 
+    def one_step(self, *args):
+        return seq_ops.lstm_step(*args, activation=self.activation, recurrent_activation=self.recurrent_activation)
+
 
 @keras.saving.register_keras_serializable("keras_seq")
 class GRU(Gated):
@@ -253,4 +269,12 @@ class GRU(Gated):
     def recurrence(self, *args, **kwargs):
         return seq_ops.gru(
             *args, recurrent_activation=self.recurrent_activation, reset_after=self.reset_after, **kwargs
+        )
+
+    def one_step(self, *args):
+        return seq_ops.gru_step(
+            *args,
+            activation=self.activation,
+            recurrent_activation=self.recurrent_activation,
+            reset_after=self.reset_after,
         )

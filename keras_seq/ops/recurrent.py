@@ -49,11 +49,17 @@ def simple_rnn(x, h, kernel, recurrent_kernel, bias=None, mask=None, *, activati
     drop = _dropout(recurrent_dropout)
 
     def step(state, x):
-        (h,) = state
-        return (activation(x + drop(h) @ recurrent_kernel),)
+        return (activation(x + drop(state[0]) @ recurrent_kernel),)
 
     y, (h,) = masked_scan(step, (h,), dense(x, kernel, bias), mask)
     return y, h
+
+
+@native
+def simple_rnn_step(x, h, kernel, recurrent_kernel, bias=None, *, activation=ops.tanh):
+    """One step of `simple_rnn`: `x` `(b, d)` -> y `(b, u)` and the next h, which is y."""
+    h = activation(_plus(bias)(x @ kernel + h @ recurrent_kernel))
+    return h, h
 
 
 @native
@@ -88,11 +94,23 @@ def lstm(
 
     def step(state, x):
         h, c = state
-        i, f, g, o = ops.split(x + drop(h) @ recurrent_kernel, 4, axis=-1)
-        c = recurrent_activation(f) * c + recurrent_activation(i) * activation(g)
-        return recurrent_activation(o) * activation(c), c
+        return _lstm_gates(x + drop(h) @ recurrent_kernel, c, activation, recurrent_activation)
 
     return masked_scan(step, tuple(state), dense(x, kernel, bias), mask)
+
+
+@native
+def lstm_step(x, state, kernel, recurrent_kernel, bias=None, *, activation=ops.tanh, recurrent_activation=ops.sigmoid):
+    """One step of `lstm`: `x` `(b, d)` -> y `(b, u)` and the next `(h, c)`, of which h is y."""
+    h, c = state
+    h, c = _lstm_gates(_plus(bias)(x @ kernel + h @ recurrent_kernel), c, activation, recurrent_activation)
+    return h, (h, c)
+
+
+def _lstm_gates(z, c, activation, recurrent_activation):
+    i, f, g, o = ops.split(z, 4, axis=-1)
+    c = recurrent_activation(f) * c + recurrent_activation(i) * activation(g)
+    return recurrent_activation(o) * activation(c), c
 
 
 @native
@@ -127,21 +145,51 @@ def gru(
 
     Source: Cho et al. 2014, arXiv:1406.1078, eq. 5-8 (v3 and v1 of the preprint).
     """
-    u = h.shape[-1]
-    input_bias, recurrent_bias = ops.unstack(bias) if reset_after and bias is not None else (bias, None)
-    drop, plus = _dropout(recurrent_dropout), _plus(recurrent_bias)
+    input_bias, recurrent_bias = _two(bias, reset_after)
+    drop = _dropout(recurrent_dropout)
 
     def step(state, x):
         (h,) = state
-        if reset_after:
-            a = plus(drop(h) @ recurrent_kernel)
-            z, r = ops.split(recurrent_activation(x[:, : 2 * u] + a[:, : 2 * u]), 2, axis=-1)
-            n = activation(x[:, 2 * u :] + r * a[:, 2 * u :])
-        else:
-            a = drop(h) @ recurrent_kernel[:, : 2 * u]
-            z, r = ops.split(recurrent_activation(x[:, : 2 * u] + a), 2, axis=-1)
-            n = activation(x[:, 2 * u :] + (r * drop(h)) @ recurrent_kernel[:, 2 * u :])
-        return (z * h + (1 - z) * n,)
+        return (
+            _gru_gates(x, h, drop, recurrent_kernel, recurrent_bias, activation, recurrent_activation, reset_after),
+        )
 
     y, (h,) = masked_scan(step, (h,), dense(x, kernel, input_bias), mask)
     return y, h
+
+
+@native
+def gru_step(
+    x,
+    h,
+    kernel,
+    recurrent_kernel,
+    bias=None,
+    *,
+    activation=ops.tanh,
+    recurrent_activation=ops.sigmoid,
+    reset_after=True,
+):
+    """One step of `gru`: `x` `(b, d)` -> y `(b, u)` and the next h, which is y."""
+    input_bias, recurrent_bias = _two(bias, reset_after)
+    x = _plus(input_bias)(x @ kernel)
+    h = _gru_gates(x, h, _identity, recurrent_kernel, recurrent_bias, activation, recurrent_activation, reset_after)
+    return h, h
+
+
+def _two(bias, reset_after):
+    """The biases of W and of U."""
+    return ops.unstack(bias) if reset_after and bias is not None else (bias, None)
+
+
+def _gru_gates(x, h, drop, recurrent_kernel, recurrent_bias, activation, recurrent_activation, reset_after):
+    u = h.shape[-1]
+    if reset_after:
+        a = _plus(recurrent_bias)(drop(h) @ recurrent_kernel)
+        z, r = ops.split(recurrent_activation(x[:, : 2 * u] + a[:, : 2 * u]), 2, axis=-1)
+        n = activation(x[:, 2 * u :] + r * a[:, 2 * u :])
+    else:
+        a = drop(h) @ recurrent_kernel[:, : 2 * u]
+        z, r = ops.split(recurrent_activation(x[:, : 2 * u] + a), 2, axis=-1)
+        n = activation(x[:, 2 * u :] + (r * drop(h)) @ recurrent_kernel[:, 2 * u :])
+    return z * h + (1 - z) * n

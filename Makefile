@@ -1,0 +1,59 @@
+# Each target works from a bare clone: it first makes .venv, and remakes it only when pyproject.toml changes.
+#
+#   make demo      a small language model, trained and sampled (KERAS_BACKEND=torch make demo: on another backend)
+#   make test      lint, then the whole suite once per backend
+#   make bench     the tables of docs/benchmarks.md, once per backend
+#   make docs      the documentation, in site/
+#   make lint      style and format
+
+PYTHON ?= python3
+# Installed before the rest, whose torch is of any version: on Linux the newest one brings its own CUDA packages.
+# For a GPU: make TORCH=torch
+TORCH ?= torch==2.13.0
+BACKENDS ?= tensorflow jax torch
+# Processes per backend, for `make test`. 0: in the process of pytest itself, as a debugger needs it.
+WORKERS ?= 2
+# For example: make test BACKENDS=jax PYTEST_ARGS="-x -k lstm"
+PYTEST_ARGS ?=
+# For example: make bench BENCH_ARGS=--quick
+BENCH_ARGS ?=
+
+export KERAS_BACKEND ?= jax
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+BIN := .venv/bin
+
+.PHONY: demo test bench docs lint
+
+demo: .venv/installed
+	$(BIN)/python examples/character_model.py
+
+test: lint
+	@status=0; summary=; \
+	for backend in $(BACKENDS); do \
+		echo "== $$backend"; \
+		if KERAS_BACKEND=$$backend $(BIN)/python -m pytest tests -q -n $(WORKERS) $(PYTEST_ARGS); then result=passed; \
+		else result=FAILED; status=1; fi; \
+		summary="$$summary$$backend: $$result\n"; \
+	done; \
+	printf "$$summary"; exit $$status
+
+bench: .venv/installed
+	@for backend in $(BACKENDS); do \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/recurrent.py $(BENCH_ARGS) || exit 1; \
+	done
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+lint: .venv/installed
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[tensorflow,jax,torch,dev,docs]"
+	@touch $@

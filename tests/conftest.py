@@ -1,0 +1,21 @@
+"""What must happen before a backend is imported, and one seed for every test."""
+
+import importlib.util
+import os
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# PyTorch comes before TensorFlow, which Keras imports on every backend when it saves: the other order may crash.
+if importlib.util.find_spec("torch"):
+    import torch  # noqa: F401
+
+import keras
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Python, NumPy and the backend draw the same numbers in each test, whichever tests run before it."""
+    keras.utils.set_random_seed(0)

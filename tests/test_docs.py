@@ -1,0 +1,109 @@
+"""The documentation is complete, and what it shows runs."""
+
+import importlib
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import keras_seq
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "README.md"]
+INTERNAL = {"backend", "base", "ops"}
+MODULES = ["keras_seq"] + sorted(
+    f"keras_seq.{path.stem}"
+    for path in (ROOT / "keras_seq").iterdir()
+    if (path.suffix == ".py" or (path / "__init__.py").exists()) and path.stem not in INTERNAL | {"__init__"}
+)
+
+
+def ours(value):
+    return getattr(value, "__module__", "").startswith("keras_seq")
+
+
+def public(module):
+    """The classes and functions that a public module offers, by full name."""
+    offered = vars(importlib.import_module(module)).items()
+    return {
+        f"{module}.{name}": value
+        for name, value in offered
+        if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)) and ours(value)
+    }
+
+
+def methods(cls):
+    """The public methods that a class of this library adds to what it inherits from elsewhere, by name."""
+    added = {name: f for base in reversed(cls.__mro__) if ours(base) for name, f in vars(base).items()}
+    known = {name for base in cls.__mro__ if not ours(base) for name in vars(base)}
+    return {name: f for name, f in added.items() if inspect.isfunction(f) and name[0] != "_" and name not in known}
+
+
+NAMES = {name: value for module in MODULES for name, value in public(module).items()}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_has_a_page(module):
+    page = ROOT / "docs" / "api" / f"{module.removeprefix('keras_seq.')}.md"
+    assert f"::: {module}\n" in page.read_text()
+    assert f"api/{page.name}" in (ROOT / "mkdocs.yml").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_has_a_docstring(name):
+    """It says what the arguments are: below "Args:", by example, or by its source, or elsewhere."""
+    value = NAMES[name]
+    assert value.__doc__, f"{name} has no docstring"
+    said = re.search(r"^(Args|Call|Example|Source):|arguments .*as in `", inspect.getdoc(value), re.MULTILINE | re.I)
+    assert said or not takes_arguments(value), f"{name} does not say what its arguments are"
+    if inspect.isclass(value):
+        bare = [method for method in methods(value) if not inspect.getdoc(getattr(value, method))]
+        assert not bare, f"methods of {name} without a docstring: {bare}"
+
+
+def takes_arguments(value):
+    if inspect.isclass(value) and issubclass(value, Exception):
+        return False
+    kinds = {parameter.kind for parameter in inspect.signature(value).parameters.values()}
+    return bool(kinds - {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example_of_a_docstring_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"keras": keras, "keras_seq": keras_seq, "np": np, "torch": torch}
+    names |= vars(importlib.import_module(name.rpartition(".")[0]))
+    exec(compile(example(inspect.getdoc(NAMES[name])), name, "exec"), names)
+
+
+def example(docstring):
+    """The code below "Example:" in a docstring, up to the next line that is not indented."""
+    found = re.search(r"^Example:\n+((?:    .*\n|\n)+)", f"{docstring}\n", re.MULTILINE)
+    return textwrap.dedent(found[1]) if found else ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    """The Python blocks of a page, one after another, share their names."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page.stem}
+    for before, code in blocks(page.read_text()):
+        exec(compile("\n" * before + code, str(page), "exec"), names)
+
+
+def blocks(text):
+    """The Python blocks of a page, each with the number of lines before it."""
+    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, block.start(1)), block[1]
+
+
+def test_examples_are_found():
+    assert example("Sum.\n\nExample:\n\n    x = 1\n\n    y = x\n\nSource: none.") == "x = 1\n\ny = x\n\n"
+    assert list(blocks("Text.\n\n```python\nx = 1\n```\n\n```sh\nls\n```\n")) == [(3, "x = 1\n")]
+    assert sum(bool(example(inspect.getdoc(value))) for value in NAMES.values()) > 3
+    assert sum(len(list(blocks(page.read_text()))) for page in PAGES) > 10
