@@ -63,7 +63,7 @@ class Contender(NamedTuple):
     outputs: object
 
 
-# Contenders -----------------------------------------------------------------------------------------------------------
+# Contenders:
 
 
 class Data:
@@ -226,7 +226,7 @@ def step(library, cell, shape, compiled=True):
     return Contender(lambda: jax.block_until_ready(run()), lambda: run()[0])
 
 
-# Rows: name, and the function of the name that measures it ------------------------------------------------------------
+# Rows: name, and the function of the name that measures it:
 
 
 def train_cases():
@@ -292,7 +292,7 @@ def title(block, cell, shape, masked=None, xla=None):
     return f"{block} {cell} {'x'.join(map(str, shape))}" + (f" mask={masked}" if masked else "") + mode
 
 
-# Measurements ---------------------------------------------------------------------------------------------------------
+# Measurements:
 
 
 def race(contenders, required, valid=None, alike=True, *, name, **timing_options):

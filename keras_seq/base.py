@@ -61,7 +61,8 @@ class SequenceLayer(Configured):
     Args:
         stateful: if True, the state is carried from one batch of `fit`, `evaluate`, `predict` or a call to the next
             (row i of a batch continues row i of the batch before; no gradient flows between batches) until
-            `reset_state()`. Every batch must then have the size that the layer was built for.
+            `reset_state()`. Every batch must then have the size that the layer was built for. A call with an explicit
+            `initial_state`, and `step`, leave what is carried alone.
         **kwargs: those of `keras.layers.Layer`: `name`, `dtype`, `trainable`, ...
 
     Call:
@@ -83,7 +84,7 @@ class SequenceLayer(Configured):
         self._carried = _Carried()
         self._checked_steps = _Set()
 
-    # To define ------------------------------------------------------------------------------------------------------
+    # To define:
 
     def initial_state(self, batch_size):
         """The state before the first step: any pytree whose leaves are `(batch_size, ...)`."""
@@ -109,7 +110,7 @@ class SequenceLayer(Configured):
         """Why the layer cannot be run piece by piece, or None if it can."""
         return None
 
-    # Given ----------------------------------------------------------------------------------------------------------
+    # Given:
 
     @property
     def state_dtype(self):
@@ -140,7 +141,7 @@ class SequenceLayer(Configured):
             x = ops.where(ops.reshape(mask, (*ops.shape(mask), *(1,) * (len(x.shape) - 2))), x, ops.zeros_like(x))
         state = self._state_before(x, initial_state)
         y, state = self.advance(x, state, mask=mask, training=bool(training))
-        if self.stateful:
+        if self.stateful and initial_state is None:
             self._carried.assign(state)
         return y, state
 
@@ -186,7 +187,7 @@ class SequenceLayer(Configured):
         """Weights, seeds, and the state carried by `stateful=True`, which is no weight: it is not saved."""
         return super().variables + self._carried.variables
 
-    # Checks ---------------------------------------------------------------------------------------------------------
+    # Checks:
 
     @property
     def _title(self):
