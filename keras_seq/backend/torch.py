@@ -55,7 +55,9 @@ def _not_fused(x, *args, **kwargs):
     return "shapes only, no values" if x.device.type == "meta" else not_fused(x, *args, **kwargs)
 
 
-def _weights(kernel, recurrent_kernel, bias):
+def _weights(x, kernel, recurrent_kernel, bias):
+    if x.shape[-1] != kernel.shape[0]:  # torch.lstm does not look, and reads what stands behind the weights
+        raise ValueError(f"x has {x.shape[-1]} features, the kernel is for {kernel.shape[0]}.")
     bias = recurrent_kernel.new_zeros(recurrent_kernel.shape[1]) if bias is None else bias
     return [kernel.T, recurrent_kernel.T, bias, torch.zeros_like(bias)]
 
@@ -81,7 +83,7 @@ def _freeze(x, kernel, padded, gates):
 
 @refuses(_not_fused)
 def simple_rnn(x, h, kernel, recurrent_kernel, bias=None, mask=None, **_):
-    weights = _weights(kernel, recurrent_kernel, bias)
+    weights = _weights(x, kernel, recurrent_kernel, bias)
     if mask is not None:
         x, index = _compact(x, mask)
     y, last = torch.rnn_tanh(x, h[None], weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
@@ -108,7 +110,7 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, **_):
         x, index = _compact(x, mask)
         padded = torch.arange(x.shape[1], device=x.device) >= index[:, -1:]
         x, kernel = _freeze(x, kernel, padded, (-1, 1, 0, 0))  # i = 0, f = 1: c' = c
-    weights = _weights(kernel, recurrent_kernel, bias)
+    weights = _weights(x, kernel, recurrent_kernel, bias)
     y, last, c = torch.lstm(x, (h[None], c[None]), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
     if mask is None:
         return y, (last[0], c[0])

@@ -32,7 +32,7 @@ def generate(model, prompt_tokens, max_new_tokens, sampler, seed=None, stop_toke
         prompt_tokens: token ids: `(t,)`, `(b, t)`, or a list of lists of any lengths.
         max_new_tokens: number of tokens, >= 1.
         sampler: a function `(logits, u) -> token`, see `get_sampler`.
-        seed: integer; the same seed gives the same tokens on one backend. None draws one.
+        seed: integer; the same seed and `max_new_tokens` give the same tokens on one backend. None draws one.
         stop_tokens: a row ends after one of these.
         mask: `(b, t)` bool of the prompt, True = valid, any pattern; default: where it is not `pad_id`.
 
@@ -132,9 +132,10 @@ def _prompt(model, tokens, mask):
     """The prompt as `(b, t)` int32 and its mask, with t rounded up by padding on the left."""
     if isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], list | tuple | np.ndarray):
         length = max(len(row) for row in tokens)
-        if mask is None:
-            mask = np.array([[False] * (length - len(row)) + [True] * len(row) for row in tokens], bool)
+        given = np.array([[False] * (length - len(row)) + [True] * len(row) for row in tokens], bool)
         tokens = np.array([[0] * (length - len(row)) + list(row) for row in tokens])
+        if mask is None:
+            mask = given if model.pad_id is None else given & (tokens != model.pad_id)
     tokens = np.asarray(ops.convert_to_numpy(tokens))
     single = tokens.ndim == 1
     tokens = tokens[None] if single else tokens

@@ -49,18 +49,27 @@ class Sampling:
     def __call__(self, logits, u):
         logits = ops.cast(logits, "float32") / self.temperature
         if self.top_k is None and self.top_p is None:
-            return draw(ops.softmax(logits), u)
+            return draw(_exp(logits), u)
         vocab_size = logits.shape[-1]
         values, tokens = ops.top_k(logits, min(self.top_k or vocab_size, vocab_size))  # from large to small
-        p = ops.softmax(values)
+        p = _exp(values)
         if self.top_p is not None:
+            p = p / ops.sum(p, axis=-1, keepdims=True)
             before = ops.cumsum(p, axis=-1) - p
             p = ops.where(before < self.top_p, p, ops.zeros_like(p))
         return ops.cast(ops.take_along_axis(tokens, draw(p, u)[:, None], axis=-1)[:, 0], "int32")
 
 
+def _exp(logits):
+    """Probabilities but for a common factor, the largest 1."""
+    return ops.exp(logits - ops.max(logits, axis=-1, keepdims=True))
+
+
 def draw(p, u):
-    """The index at which the cumulative sum of `p` `(b, n)` passes u times the total; never one whose p is 0."""
+    """The index at which the cumulative sum of `p` `(b, n)` passes u times the total; never one whose p is 0.
+
+    `p` need not sum to 1.
+    """
     total = ops.cumsum(p, axis=-1)
     # The largest float32 below 1 as a factor: u times the total stays below the total also after rounding.
     target = u[:, None] * total[:, -1:] * (1 - 2**-23)

@@ -107,8 +107,10 @@ class Bidirectional(SequenceLayer):
         return mask if outputs + states == 1 else [mask] * outputs + [None] * states
 
     def _state_before(self, x, given):
-        if isinstance(given, list | tuple) and len(given) > 2:  # Keras's flat list
-            given = tree.pack_sequence_as(self.initial_state(1), list(given))
+        flat = isinstance(given, list | tuple) and not any(isinstance(s, list | tuple) for s in given)
+        form = self.initial_state(1)
+        if flat and len(given) == len(tree.flatten(form)):  # Keras's list
+            given = tree.pack_sequence_as(form, list(given))
         return super()._state_before(x, given)
 
 

@@ -60,6 +60,7 @@ class Recurrent(SequenceLayer):
         return (y, *tree.flatten(state))
 
     def advance(self, x, state, mask=None, training=False):
+        self._assert_input_compatibility(x)  # also as a part of another layer, which does not go through `__call__`
         if self.go_backwards:
             x, mask = ops.flip(x, 1), None if mask is None else ops.flip(mask, 1)
         y, state = self.recur(x, state, mask, training)
@@ -141,6 +142,12 @@ class Gated(GateWeights, Recurrent):
         return keras.random.dropout(ops.ones_like(like), rate, seed=self.seed_generator)
 
 
+def _arguments(scope, *own):
+    """What the constructor with these local variables hands on: all but its `own` arguments."""
+    left_out = {"self", "__class__", "kwargs", *own}
+    return {k: v for k, v in scope.items() if k not in left_out} | scope["kwargs"]
+
+
 @keras.saving.register_keras_serializable("keras_seq")
 class SimpleRNN(Gated):
     """Fully connected recurrent layer whose output is fed back.
@@ -164,8 +171,32 @@ class SimpleRNN(Gated):
     Source: Elman 1990.
     """
 
-    def __init__(self, units, activation="tanh", use_bias=True, **kwargs):
-        super().__init__(units, activation, use_bias, **kwargs)
+    def __init__(
+        self,
+        units,
+        activation="tanh",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="orthogonal",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        recurrent_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        recurrent_constraint=None,
+        bias_constraint=None,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+        return_sequences=False,
+        return_state=False,
+        go_backwards=False,
+        stateful=False,
+        unroll=False,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**_arguments(locals()))
 
     def recurrence(self, *args, **kwargs):
         return seq_ops.simple_rnn(*args, **kwargs)
@@ -208,10 +239,29 @@ class LSTM(Gated):
         activation="tanh",
         recurrent_activation="sigmoid",
         use_bias=True,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="orthogonal",
+        bias_initializer="zeros",
         unit_forget_bias=True,
+        kernel_regularizer=None,
+        recurrent_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        recurrent_constraint=None,
+        bias_constraint=None,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+        seed=None,
+        return_sequences=False,
+        return_state=False,
+        go_backwards=False,
+        stateful=False,
+        unroll=False,
+        use_cudnn="auto",
         **kwargs,
     ):
-        super().__init__(units, activation, use_bias, **kwargs)
+        super().__init__(**_arguments(locals(), "recurrent_activation", "unit_forget_bias"))
         self.recurrent_activation = activations.get(recurrent_activation)
         self.forget_gate = 1 if unit_forget_bias else None
 
@@ -256,9 +306,34 @@ class GRU(Gated):
     gates = 3
 
     def __init__(
-        self, units, activation="tanh", recurrent_activation="sigmoid", use_bias=True, reset_after=True, **kwargs
+        self,
+        units,
+        activation="tanh",
+        recurrent_activation="sigmoid",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="orthogonal",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        recurrent_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        recurrent_constraint=None,
+        bias_constraint=None,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+        seed=None,
+        return_sequences=False,
+        return_state=False,
+        go_backwards=False,
+        stateful=False,
+        unroll=False,
+        reset_after=True,
+        use_cudnn="auto",
+        **kwargs,
     ):
-        super().__init__(units, activation, use_bias, **kwargs)
+        super().__init__(**_arguments(locals(), "recurrent_activation", "reset_after"))
         self.recurrent_activation = activations.get(recurrent_activation)
         self.reset_after = reset_after
 

@@ -62,6 +62,7 @@ class RNN(Recurrent):
 
     def build(self, input_shape):
         input_shape = tuple(input_shape)
+        self.input_spec = keras.InputSpec(ndim=len(input_shape), axes={-1: input_shape[-1]})
         if isinstance(self.cell, keras.layers.Layer) and not self.cell.built:
             self.cell.build((input_shape[0], *input_shape[2:]))
             self.cell.built = True

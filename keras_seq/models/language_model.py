@@ -28,6 +28,8 @@ class LanguageModel(SequenceLayer, keras.Model):
         super().__init__(**kwargs)
         if vocab_size < 1:
             raise ValueError(f"`vocab_size` must be a positive integer. Received: vocab_size={vocab_size!r}")
+        if pad_id is not None and not 0 <= pad_id < vocab_size:
+            raise ValueError(f"`pad_id` must be from 0 to {vocab_size - 1}, or None. Received: pad_id={pad_id!r}")
         self.vocab_size = vocab_size
         self.pad_id = pad_id
 
@@ -50,21 +52,38 @@ class LanguageModel(SequenceLayer, keras.Model):
     def compute_output_shape(self, input_shape):
         return (*input_shape, self.vocab_size)
 
+    def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        """As in Keras; without `y` the targets are the next tokens."""
+        x, y = self._with_targets(x, y, sample_weight)
+        return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        """As in Keras; without `y` the targets are the next tokens."""
+        x, y = self._with_targets(x, y, sample_weight)
+        return super().evaluate(x, y, *args, sample_weight=sample_weight, **kwargs)
+
+    def _with_targets(self, x, y, sample_weight):
+        """Keras drops the weights of samples that have no y."""
+        return (x[:, :-1], x[:, 1:]) if y is None and sample_weight is not None else (x, y)
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        valid = self.compute_mask(x, None)
         if y is None:
-            y, y_pred = ops.cast(x[:, 1:], "int32"), y_pred[:, :-1]
-            valid = self.compute_mask(y, None)
-            if valid is not None:
-                weight = ops.cast(valid, "float32")
-                sample_weight = weight if sample_weight is None else weight * ops.reshape(sample_weight, (-1, 1))
+            y, y_pred, valid = x[:, 1:], y_pred[:, :-1], None if valid is None else valid[:, :-1]
+        if valid is not None and tuple(y.shape) == tuple(valid.shape):
+            valid = ops.logical_and(valid, y != self.pad_id)
         if self.loss is not None:
+            y_pred = ops.cast(y_pred, "float32")
+            if valid is not None:
+                y_pred._keras_mask = valid  # by which Keras's losses leave out what is padding
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
-        y_pred_mask = getattr(y_pred, "_keras_mask", None)
-        y_pred = ops.cast(y_pred, "float32")
-        if y_pred_mask is not None:
-            y_pred._keras_mask = y_pred_mask
-        return sum(self.losses, loss(y, y_pred, sample_weight))
+        losses = keras.losses.sparse_categorical_crossentropy(y, ops.cast(y_pred, "float32"), from_logits=True)
+        weight = ops.ones_like(losses) if valid is None else ops.cast(valid, losses.dtype)
+        if sample_weight is not None:
+            sample_weight = ops.cast(sample_weight, losses.dtype)
+            weight = weight * (sample_weight[:, None] if len(sample_weight.shape) == 1 else sample_weight)
+        total = ops.sum(weight)
+        return sum(self.losses, ops.sum(losses * weight) / ops.where(total > 0, total, ops.ones_like(total)))
 
     def generate(
         self,

@@ -41,6 +41,8 @@ def check_layer(make_layer, inputs=None, tolerance=2e-6, checks=None):
             check(_Case(make_layer, inputs, tolerance))
         except AssertionError as error:
             raise AssertionError(f"{check.__name__}: {error}") from error
+        except Exception as error:
+            raise AssertionError(f"{check.__name__}: {type(error).__name__}: {error}") from error
 
 
 class _Case:
@@ -171,6 +173,10 @@ def check_shapes(case):
         )
         assert p.shape[-1] == real.shape[-1], f"promised {p.shape}, got {tuple(real.shape)}"
         assert p.dtype == keras.backend.standardize_dtype(real.dtype), f"promised {p.dtype}, got {real.dtype}"
+    computed = layer.compute_output_shape(case.x.shape)
+    computed = computed if isinstance(computed[0], tuple) else (computed,)
+    for shape, real in zip(computed, tree.flatten(y), strict=True):
+        assert tuple(shape) == tuple(real.shape), f"compute_output_shape says {tuple(shape)}, got {tuple(real.shape)}"
     if not layer.needs_future:
         last = layer(case.x, return_state=True)[1]
         assert _form(last) == _form(layer.initial_state(case.batch)), "the last state has another form than the first"
