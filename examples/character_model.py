@@ -36,16 +36,20 @@ def windows(tokens, length):
 
 
 class TimeBudget(keras.callbacks.Callback):
-    """Stops training when the time is up, and lowers the learning rate in a straight line until then."""
+    """Stops training when the time is up, and lowers the learning rate in a straight line until then.
+
+    The clock starts after the first batch, before which the model is compiled.
+    """
 
     def __init__(self, seconds):
         super().__init__()
         self.seconds = seconds
 
     def on_train_begin(self, logs=None):
-        self.start, self.peak = time.monotonic(), float(self.model.optimizer.learning_rate)
+        self.start, self.peak = None, float(self.model.optimizer.learning_rate)
 
     def on_train_batch_end(self, batch, logs=None):
+        self.start = self.start or time.monotonic()
         left = 1 - (time.monotonic() - self.start) / self.seconds
         self.model.optimizer.learning_rate = self.peak * max(left, 0.02)
         if left <= 0:

@@ -5,6 +5,7 @@ import random
 
 import keras
 from keras import ops, tree
+from keras.src.backend import get_keras_mask  # the attribute itself is not on traced arrays of JAX
 
 _KERAS_CONFIG = ("name", "dtype", "trainable", "activity_regularizer")
 
@@ -133,7 +134,7 @@ class SequenceLayer(Configured):
                 f"{self._title} needs at least one time step. Received an input of shape {tuple(x.shape)}."
             )
         if mask is None:
-            mask = getattr(x, "_keras_mask", None)
+            mask = get_keras_mask(x)
         if "float" in dtype_of(x):
             x = cast(x, self.compute_dtype)
         if mask is not None:

@@ -16,7 +16,7 @@ def load(name):
 
 
 def test_character_model(tmp_path, capsys):
-    options = ["--minutes", "0.05", "--units", "32", "--characters", "40000", "--out", str(tmp_path)]
+    options = ["--minutes", "0.1", "--units", "32", "--characters", "40000", "--out", str(tmp_path)]
     before, after = load("character_model").main(options)
     assert np.isfinite(after)
     assert after < before - 1, f"{before} bits per character before training, {after} after"

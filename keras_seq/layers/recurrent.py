@@ -8,6 +8,12 @@ from keras_seq.base import SequenceLayer, cast, random_seed
 from keras_seq.layers.gates import GateWeights
 
 
+def arguments(scope, *own):
+    """What the constructor with these local variables hands on: all but its `own` arguments."""
+    left_out = {"self", "__class__", "kwargs", *own}
+    return {k: v for k, v in scope.items() if k not in left_out} | scope["kwargs"]
+
+
 class Recurrent(SequenceLayer):
     """What all recurrent layers share: the options about time, with Keras's names and defaults.
 
@@ -142,12 +148,6 @@ class Gated(GateWeights, Recurrent):
         return keras.random.dropout(ops.ones_like(like), rate, seed=self.seed_generator)
 
 
-def _arguments(scope, *own):
-    """What the constructor with these local variables hands on: all but its `own` arguments."""
-    left_out = {"self", "__class__", "kwargs", *own}
-    return {k: v for k, v in scope.items() if k not in left_out} | scope["kwargs"]
-
-
 @keras.saving.register_keras_serializable("keras_seq")
 class SimpleRNN(Gated):
     """Fully connected recurrent layer whose output is fed back.
@@ -157,9 +157,7 @@ class SimpleRNN(Gated):
     Args:
         units: size of the state and of the output.
         activation: act; default tanh.
-        **kwargs: as in `keras.layers.SimpleRNN`, with the same defaults: `use_bias`, the initializers, regularizers and
-            constraints of `kernel`, `recurrent` and `bias`, `dropout`, `recurrent_dropout`, `seed`, `return_sequences`,
-            `return_state`, `go_backwards`, `stateful`, `unroll`.
+        The others, and their order and defaults: as in `keras.layers.SimpleRNN`.
 
     Call: x `(b, t, d)`, mask `(b, t)` bool -> y `(b, units)`, or `(b, t, units)` with `return_sequences=True`;
     state h `(b, units)`.
@@ -196,7 +194,7 @@ class SimpleRNN(Gated):
         seed=None,
         **kwargs,
     ):
-        super().__init__(**_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
     def recurrence(self, *args, **kwargs):
         return seq_ops.simple_rnn(*args, **kwargs)
@@ -217,9 +215,7 @@ class LSTM(Gated):
         recurrent_activation: s, of the gates; default sigmoid.
         use_bias: whether there is a b.
         unit_forget_bias: the bias of f starts at 1 (Jozefowicz et al. 2015).
-        **kwargs: as in `keras.layers.LSTM`, with the same defaults: the initializers, regularizers and constraints of
-            `kernel`, `recurrent` and `bias`, `dropout`, `recurrent_dropout`, `seed`, `return_sequences`,
-            `return_state`, `go_backwards`, `stateful`, `unroll`.
+        The others, and their order and defaults: as in `keras.layers.LSTM`.
 
     Call: x `(b, t, d)`, mask `(b, t)` bool -> y `(b, units)`, or `(b, t, units)` with `return_sequences=True`;
     state `(h, c)`, each `(b, units)`.
@@ -261,7 +257,7 @@ class LSTM(Gated):
         use_cudnn="auto",
         **kwargs,
     ):
-        super().__init__(**_arguments(locals(), "recurrent_activation", "unit_forget_bias"))
+        super().__init__(**arguments(locals(), "recurrent_activation", "unit_forget_bias"))
         self.recurrent_activation = activations.get(recurrent_activation)
         self.forget_gate = 1 if unit_forget_bias else None
 
@@ -288,9 +284,7 @@ class GRU(Gated):
         recurrent_activation: s, of the gates; default sigmoid.
         use_bias: whether there is a b.
         reset_after: r acts after (as in cuDNN and PyTorch) or before the product with U_n (as in the first preprint).
-        **kwargs: as in `keras.layers.GRU`, with the same defaults: the initializers, regularizers and constraints of
-            `kernel`, `recurrent` and `bias`, `dropout`, `recurrent_dropout`, `seed`, `return_sequences`,
-            `return_state`, `go_backwards`, `stateful`, `unroll`.
+        The others, and their order and defaults: as in `keras.layers.GRU`.
 
     Call: x `(b, t, d)`, mask `(b, t)` bool -> y `(b, units)`, or `(b, t, units)` with `return_sequences=True`;
     state h `(b, units)`.
@@ -333,7 +327,7 @@ class GRU(Gated):
         use_cudnn="auto",
         **kwargs,
     ):
-        super().__init__(**_arguments(locals(), "recurrent_activation", "reset_after"))
+        super().__init__(**arguments(locals(), "recurrent_activation", "reset_after"))
         self.recurrent_activation = activations.get(recurrent_activation)
         self.reset_after = reset_after
 

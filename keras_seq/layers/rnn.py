@@ -7,7 +7,7 @@ from keras import ops, tree
 
 from keras_seq import ops as seq_ops
 from keras_seq.layers.cells import Cell
-from keras_seq.layers.recurrent import Recurrent
+from keras_seq.layers.recurrent import Recurrent, arguments
 
 
 @keras.saving.register_keras_serializable("keras_seq")
@@ -19,8 +19,7 @@ class RNN(Recurrent):
             its first state by `initial_state(batch_size)`, or, as Keras's cells do, by `get_initial_state(batch_size)`
             or `state_size` (one size or several; the state is then a list of zeros `(b, size)`). If its call has a
             `training` argument, that is given.
-        **kwargs: as in `keras.layers.RNN`: `return_sequences`, `return_state`, `go_backwards`, `stateful`, `unroll`,
-            `zero_output_for_mask`.
+        The others, and their order and defaults: as in `keras.layers.RNN`.
 
     Call: x `(b, t, ...)`, mask `(b, t)` bool -> y `(b, units)`, or `(b, t, units)` with `return_sequences=True`. The
     state is the cell's, in float32. If the cell's output is no part of it, the layer's state is `(cell_state, y)`,
@@ -40,8 +39,18 @@ class RNN(Recurrent):
         y = keras_seq.layers.RNN(Sum())(keras.ops.ones((2, 5, 3)))  # 5 everywhere
     """
 
-    def __init__(self, cell, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        cell,
+        return_sequences=False,
+        return_state=False,
+        go_backwards=False,
+        stateful=False,
+        unroll=False,
+        zero_output_for_mask=False,
+        **kwargs,
+    ):
+        super().__init__(**arguments(locals(), "cell"))
         known = ("initial_state", "get_initial_state", "state_size")
         if not callable(cell) or not any(hasattr(cell, name) for name in known):
             raise ValueError(

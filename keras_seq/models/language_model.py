@@ -2,6 +2,7 @@
 
 import keras
 from keras import ops
+from keras.src.backend import set_keras_mask
 
 from keras_seq import decoding
 from keras_seq.base import SequenceLayer, dtype_of
@@ -75,7 +76,7 @@ class LanguageModel(SequenceLayer, keras.Model):
         if self.loss is not None:
             y_pred = ops.cast(y_pred, "float32")
             if valid is not None:
-                y_pred._keras_mask = valid  # by which Keras's losses leave out what is padding
+                set_keras_mask(y_pred, valid)  # by which Keras's losses leave out what is padding
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         losses = keras.losses.sparse_categorical_crossentropy(y, ops.cast(y_pred, "float32"), from_logits=True)
         weight = ops.ones_like(losses) if valid is None else ops.cast(valid, losses.dtype)

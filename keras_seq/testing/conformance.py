@@ -9,6 +9,7 @@ import warnings
 import keras
 import numpy as np
 from keras import ops, tree
+from keras.src.backend import set_keras_mask
 
 from keras_seq import backend
 
@@ -266,8 +267,14 @@ def check_compiled(case):
     case.near(predicted, tree.flatten(layer(case.x))[0], "compiled")
     x, state = ops.convert_to_tensor(case.padded(0)), layer.initial_state(case.batch)
     expected = layer(x, mask=case.mask, initial_state=state)
-    x._keras_mask = ops.convert_to_tensor(case.mask)
-    case.near(layer(x, initial_state=state), expected, "the mask that the input carries")
+
+    def carried(x, mask, state):
+        set_keras_mask(x, mask)
+        return layer(x, initial_state=state)
+
+    mask = ops.convert_to_tensor(case.mask)
+    case.near(backend.current().compiled(carried, layer)(x, mask, state), expected, "the mask that x carries, compiled")
+    case.near(carried(x, mask, state), expected, "the mask that x carries")
 
 
 def check_precision(case):
