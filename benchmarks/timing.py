@@ -138,7 +138,7 @@ def lines(row, samples, required=None, unit="ms", notes=None, path=None):
         if name != first:
             line["ratio"] = statistics.median(v / f for v, f in zip(values, samples[first], strict=False))
             line["of medians"] = median / statistics.median(samples[first])
-        if name in required:
+        if required.get(name):
             line["required"] = required[name]
             line["verdict"] = "ok" if _holds(line.get("ratio", median), required[name]) else "short"
         note = notes.get(name, path if name == first else None)
