@@ -209,8 +209,7 @@ class _GRU(torch.autograd.Function):
             local_t.mul_(dh_t[:, None])
             dh = torch.addmm(dh_t * z_t, da_t, transposed)
         da = da.view(-1, 3 * units)
-        dx = torch.cat([da[:, : 2 * units], (dhs * through_n).view(-1, units)], -1)
-        d_recurrent = hs[:-1].reshape(-1, units).T @ da
-        d_bias = torch.stack([dx.sum(0), da.sum(0)])
-        dx_in = (dx @ kernel.T).view(time, batch, -1).transpose(0, 1)
-        return dx_in, dh, x.T @ dx, d_recurrent, d_bias, None
+        d_recurrent, d_recurrent_bias = hs[:-1].reshape(-1, units).T @ da, da.sum(0)
+        torch.mul(dhs, through_n, out=local[:, :, 2])  # da becomes the gradient of x W + b in place: n differs
+        dx = (da @ kernel.T).view(time, batch, -1).transpose(0, 1)
+        return dx, dh, x.T @ da, d_recurrent, torch.stack([da.sum(0), d_recurrent_bias]), None
