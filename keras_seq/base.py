@@ -7,7 +7,7 @@ import keras
 from keras import ops, tree
 from keras.src.backend import get_keras_mask  # the attribute itself is not on traced arrays of JAX
 
-_KERAS_CONFIG = ("name", "dtype", "trainable", "activity_regularizer")
+_KERAS_CONFIG = ("name", "dtype", "trainable")
 
 
 class Configured(keras.layers.Layer):
@@ -40,10 +40,13 @@ class Configured(keras.layers.Layer):
         config = {k: keras.saving.deserialize_keras_object(v) for k, v in config.items()}
         quantized = config.pop("quantized", {})
         layer = cls(**config)
-        sublayers = dict(_sublayers(layer)) if quantized else {}
         for path, policy in quantized.items():
-            sublayers[path].dtype_policy = policy
+            _set_policy(layer, [int(i) for i in path.split(".")], policy)
         return layer
+
+    def policy_of_next(self):
+        """The dtype policy of a layer that `build` is about to make: this layer's, or the one it was saved with."""
+        return getattr(self, "_policies", {}).get(len(self._layers), self.dtype_policy)
 
 
 class SequenceLayer(Configured):
@@ -76,6 +79,7 @@ class SequenceLayer(Configured):
     """
 
     return_sequences = True
+    sums_in_state = True  # then the state is float32 whatever the compute dtype
 
     def __init__(self, stateful=False, **kwargs):
         super().__init__(**kwargs)
@@ -87,8 +91,13 @@ class SequenceLayer(Configured):
 
     # To define:
 
-    def initial_state(self, batch_size):
-        """The state before the first step: any pytree whose leaves are `(batch_size, ...)`."""
+    def initial_state(self, batch_size, max_length=None):
+        """The state before the first step: any pytree whose leaves are `(batch_size, ...)`.
+
+        Args:
+            batch_size: number of rows.
+            max_length: how many steps there will be at most, for states of fixed capacity; others ignore it.
+        """
         return ()
 
     def advance(self, x, state, mask=None, training=False):
@@ -102,6 +111,14 @@ class SequenceLayer(Configured):
         """`advance` by one step `x_t` `(b, ...)`, in inference: `(y_t, state)`. To write it is a matter of speed."""
         y, state = self.advance(x_t[:, None], state)
         return (y[:, 0] if self.return_sequences else y), state
+
+    def fresh_state(self, batch_size):
+        """What `advance` gets in a call that neither gives a state nor wants one back: `initial_state`, or less."""
+        return self.initial_state(batch_size)
+
+    def state_spec(self, batch_size):
+        """The state in shapes and dtypes; None in a shape is a dimension that may differ from state to state."""
+        return self.initial_state(batch_size)
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
@@ -125,10 +142,10 @@ class SequenceLayer(Configured):
     def call(self, x, mask=None, initial_state=None, return_state=False, training=None):
         if return_state:
             self._require_splittable("return_state=True")
-        y, state = self._run(x, mask, initial_state, training)
+        y, state = self._run(x, mask, initial_state, return_state, training)
         return (y, state) if return_state else y
 
-    def _run(self, x, mask, initial_state, training):
+    def _run(self, x, mask, initial_state, return_state, training, **given):
         if len(x.shape) > 1 and x.shape[1] == 0:
             raise ValueError(
                 f"{self._title} needs at least one time step. Received an input of shape {tuple(x.shape)}."
@@ -140,8 +157,8 @@ class SequenceLayer(Configured):
         if mask is not None:
             self._check_mask(mask, x)
             x = ops.where(ops.reshape(mask, (*ops.shape(mask), *(1,) * (len(x.shape) - 2))), x, ops.zeros_like(x))
-        state = self._state_before(x, initial_state)
-        y, state = self.advance(x, state, mask=mask, training=bool(training))
+        state = self._state_before(x, initial_state, return_state)
+        y, state = self.advance(x, state, mask=mask, training=bool(training), **given)
         if self.stateful and initial_state is None:
             self._carried.assign(state)
         return y, state
@@ -206,15 +223,15 @@ class SequenceLayer(Configured):
                 f"Received: {dtype} of shape {shape}."
             )
 
-    def _state_before(self, x, given):
+    def _state_before(self, x, given, wanted):
         if given is not None:
             return self._checked_state(x, given)
         if self.stateful:
             return self._carried.read(self, x.shape[0])
-        return self.initial_state(ops.shape(x)[0])
+        return (self.initial_state if wanted else self.fresh_state)(ops.shape(x)[0])
 
     def _checked_state(self, x, given):
-        expected = self.initial_state(ops.shape(x)[0])
+        expected = self.state_spec(ops.shape(x)[0])
         try:
             return _conform(given, expected)
         except (TypeError, ValueError, AttributeError):
@@ -288,6 +305,15 @@ def call_layer(layer, x, **kwargs):
     return layer(x, **kwargs)
 
 
+def first_state(layer, batch_size, max_length=None):
+    """`layer.initial_state(...)`, also of a layer whose state has no capacity and takes none."""
+    if max_length is None:
+        return layer.initial_state(batch_size)
+    if "max_length" in inspect.signature(layer.initial_state).parameters:
+        return layer.initial_state(batch_size, max_length)
+    return layer.initial_state(batch_size)
+
+
 class _Set(set):
     """A set that Keras does not track."""
 
@@ -346,6 +372,16 @@ def _conform(given, expected):
     if not _matches(tuple(given.shape), tuple(expected.shape)):
         raise ValueError
     return cast(given, dtype_of(expected))
+
+
+def _set_policy(layer, path, policy):
+    """Sets the dtype policy of the layer at the path; one that `build` will make gets it from `policy_of_next`."""
+    for i in path:
+        if i >= len(layer._layers):
+            object.__setattr__(layer, "_policies", getattr(layer, "_policies", {}) | {i: policy})
+            return
+        layer = layer._layers[i]
+    layer.dtype_policy = policy
 
 
 def _sublayers(layer, path=""):

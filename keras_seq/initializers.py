@@ -131,3 +131,23 @@ def get(identifier):
     if isinstance(identifier, str) and identifier in _BY_NAME:
         return _BY_NAME[identifier]()
     return keras.initializers.get(identifier)
+
+
+def of_matrix(identifier, input_axes):
+    """As `get`, for a kernel of more axes that is a matrix. Each call gives a new initializer, with a seed of its own.
+
+    Args:
+        identifier: as in `get`.
+        input_axes: the first so many axes of the kernel are the rows of the matrix, the others its columns.
+    """
+    initializer = get(identifier)
+    if initializer is identifier and isinstance(initializer, keras.initializers.Initializer):
+        initializer = type(initializer).from_config(initializer.get_config())
+    if not isinstance(initializer, _Random):
+        return initializer
+
+    def draw(shape, dtype=None):
+        matrix = math.prod(shape[:input_axes]), math.prod(shape[input_axes:])
+        return ops.reshape(initializer(matrix, dtype), shape)
+
+    return draw

@@ -68,6 +68,20 @@ LAYERS = {
     "Residual": lambda: layers.Residual(
         [keras.layers.LayerNormalization(), layers.GRU(8, return_sequences=True), keras.layers.Dropout(0.2, seed=3)]
     ),
+    "SinusoidalPositionalEncoding": lambda: layers.SinusoidalPositionalEncoding(),
+    "LearnedPositionalEncoding": lambda: layers.LearnedPositionalEncoding(40),
+    "RotaryEmbedding": lambda: layers.RotaryEmbedding(interleaved=True, dim=4),
+    "MultiHeadAttention": lambda: layers.MultiHeadAttention(2, 4),
+    "MultiHeadAttention causal": lambda: layers.MultiHeadAttention(2, 4, causal=True, dropout=0.1, max_length=40),
+    "MultiHeadAttention rotary": lambda: layers.MultiHeadAttention(
+        4, 6, causal=True, num_kv_heads=1, position="rotary", qk_norm=True, max_length=40
+    ),
+    "MultiHeadAttention window": lambda: layers.MultiHeadAttention(
+        2, 4, causal=True, window=3, sinks=1, position="alibi"
+    ),
+    "MultiHeadAttention buckets": lambda: layers.MultiHeadAttention(
+        2, 4, causal=True, window=2, position="t5", soft_cap=5.0, use_gate=True, use_bias=False
+    ),
     "RecurrentLM": lambda: models.RecurrentLM(11, 6, num_layers=2, cell="gru", dropout=0.1),
     "RecurrentLM tied": lambda: models.RecurrentLM(11, 6, tie_embeddings=True),
 }
@@ -76,4 +90,4 @@ LAYERS = {
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", LAYERS)
 def test_conformance(name, check):
-    check_layer(LAYERS[name], checks=[check])
+    check_layer(LAYERS[name], tolerance=1e-5 if "Attention" in name else 2e-6, checks=[check])

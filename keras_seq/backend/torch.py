@@ -36,6 +36,11 @@ def compiled(function, layer):
     return torch.no_grad()(function)
 
 
+def largest(x):
+    """The largest of the integers x, or None where there are no values."""
+    return None if x.device.type == "meta" else int(x.max())
+
+
 def gradients(function, layer):
     """`f(floats, *arrays) -> (aux, d loss / d weights, d loss / d floats)` of `function -> (loss, aux)`."""
 
@@ -52,7 +57,7 @@ def gradients(function, layer):
 
 
 def _not_fused(x, *args, **kwargs):
-    return "shapes only, no values" if x.device.type == "meta" else not_fused(x, *args, **kwargs)
+    return "shapes only, no values" if x.is_meta else not_fused(x, *args, **kwargs)
 
 
 def _weights(x, kernel, recurrent_kernel, bias):
@@ -120,8 +125,13 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, **_):
 
 @refuses(_not_fused)
 def lstm_step(x, state, kernel, recurrent_kernel, bias=None, **_):
-    state = torch.lstm_cell(x, state, kernel.T, recurrent_kernel.T, bias)
-    return state[0], state
+    h, c = state
+    units = h.shape[1]
+    gates = (x @ kernel if bias is None else torch.addmm(bias, x, kernel)).addmm_(h, recurrent_kernel)
+    i, f, _g, o = torch.sigmoid(gates).split_with_sizes((units,) * 4, 1)
+    c = (f * c).addcmul_(i, torch.tanh(gates.narrow(1, 2 * units, units)))
+    h = o * torch.tanh(c)
+    return h, (h, c)
 
 
 @refuses(_not_fused)
@@ -153,63 +163,80 @@ def gru_step(x, h, kernel, recurrent_kernel, bias=None, **_):
     if bias is None:
         x, a = x @ kernel, h @ recurrent_kernel
     else:
-        x, a = torch.addmm(bias[0], x, kernel), torch.addmm(bias[1], h, recurrent_kernel)
-    units = 2 * h.shape[1]
-    z, r = torch.sigmoid(x[:, :units] + a[:, :units]).chunk(2, 1)
-    h = torch.lerp(torch.tanh(torch.addcmul(x[:, units:], r, a[:, units:])), h, z)
+        input_bias, recurrent_bias = bias.unbind()
+        x, a = torch.addmm(input_bias, x, kernel), torch.addmm(recurrent_bias, h, recurrent_kernel)
+    units = h.shape[1]
+    z, r, _n = torch.sigmoid(x + a).split_with_sizes((units,) * 3, 1)  # one call for all is faster than two slices
+    n = x.narrow(1, 2 * units, units).addcmul(r, a.narrow(1, 2 * units, units)).tanh_()
+    h = torch.lerp(n, h, z)
     return h, h
 
 
 class _GRU(torch.autograd.Function):
     """GRU on a CPU, where the loop of `torch.gru` and its backward are slow.
 
-    Only what depends on h is inside the two loops; the local derivatives are computed for all steps at once, and the
-    gradients of the weights are one product each. First derivatives only.
+    Only what depends on h is inside the two loops, in as few calls as possible and in place. The rest of the gradient
+    is computed for `STEPS` steps at once: many enough for efficient products, few enough to stay in the cache. First
+    derivatives only.
     """
+
+    STEPS = 32
 
     @staticmethod
     def forward(ctx, x, h, kernel, recurrent_kernel, bias, mask):
         batch, time, features = x.shape
         units = h.shape[1]
-        x = x.transpose(0, 1).reshape(-1, features)
-        gates = torch.addmm(bias[0], x, kernel).view(time, batch, 3 * units)  # becomes z, r, n in place
-        z, r, n = gates.split(units, -1)
+        x = x.transpose(0, 1).contiguous()
+        to_zr, to_n = (w.contiguous() for w in recurrent_kernel.split((2 * units, units), 1))
+        bias_zr, bias_n = bias[1].split((2 * units, units))
+        input_bias = bias[0] + torch.nn.functional.pad(bias_zr, (0, units))
+        gates = torch.addmm(input_bias, x.view(-1, features), kernel).view(time, batch, 3 * units)
+        zr, (z, r, n) = gates[..., : 2 * units], gates.split(units, -1)  # they become z, r, n in place
         if mask is not None:
             z.masked_fill_(~mask.T[..., None], _FREEZE)  # z = 1: h' = h, and no gradient flows into z
         hs = h.new_empty(time + 1, batch, units)
         hs[0] = h
-        a = h.new_empty(batch, 3 * units)
-        a_zr, a_n = a.split((2 * units, units), -1)
-        a_ns = h.new_empty(time, batch, units)
-        steps = zip(hs, hs[1:], gates[..., : 2 * units], z, r, n, a_ns, strict=False)
-        for h, next_h, zr_t, z_t, r_t, n_t, a_n_t in steps:
-            torch.addmm(bias[1], h, recurrent_kernel, out=a)
-            zr_t.add_(a_zr).sigmoid_()
-            n_t.addcmul_(r_t, a_n).tanh_()
-            torch.lerp(n_t, h, z_t, out=next_h)
-            a_n_t.copy_(a_n)
-        ctx.save_for_backward(x, kernel, recurrent_kernel, gates, a_ns, hs)
-        return hs[1:].transpose(0, 1), hs[-1].clone()
+        a_n = h.new_empty(time, batch, units)
+        for next_h, zr_t, z_t, r_t, n_t, a_n_t in zip(*(v.unbind() for v in (hs[1:], zr, z, r, n, a_n)), strict=True):
+            zr_t.addmm_(h, to_zr).sigmoid_()
+            torch.addmm(bias_n, h, to_n, out=a_n_t)
+            n_t.addcmul_(r_t, a_n_t).tanh_()
+            h = torch.lerp(n_t, h, z_t, out=next_h)
+        ctx.save_for_backward(x, kernel, recurrent_kernel, gates, a_n, hs)
+        return hs[1:].transpose(0, 1), h.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh):
         x, kernel, recurrent_kernel, gates, a_n, hs = ctx.saved_tensors
-        time, batch, units = a_n.shape
-        z, r, n = gates.split(units, -1)
-        through_n = (1 - z) * (1 - n * n)
-        local = torch.stack([(hs[:-1] - n) * z * (1 - z), through_n * a_n * r * (1 - r), through_n * r], 2)
-        da = local.view(time, batch, 3 * units)  # becomes the gradient of h U + b' in place
-        dhs = torch.empty_like(a_n)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        d_kernel, d_recurrent = torch.zeros_like(kernel), torch.zeros_like(recurrent_kernel)
+        d_bias = kernel.new_zeros(2, kernel.shape[1])
+        dhs = torch.empty_like(hs)  # of the outputs; becomes that of h in place
+        dhs[0] = 0
+        dhs[1:] = dy.transpose(0, 1)
+        dhs[-1] += dh
         transposed = recurrent_kernel.T.contiguous()
-        for dy_t, z_t, local_t, da_t, dh_t in zip(
-            dy.transpose(0, 1).flip(0), z.flip(0), *(v.unbind()[::-1] for v in (local, da, dhs)), strict=True
-        ):
-            torch.add(dh, dy_t, out=dh_t)
-            local_t.mul_(dh_t[:, None])
-            dh = torch.addmm(dh_t * z_t, da_t, transposed)
-        da = da.view(-1, 3 * units)
-        d_recurrent, d_recurrent_bias = hs[:-1].reshape(-1, units).T @ da, da.sum(0)
-        torch.mul(dhs, through_n, out=local[:, :, 2])  # da becomes the gradient of x W + b in place: n differs
-        dx = (da @ kernel.T).view(time, batch, -1).transpose(0, 1)
-        return dx, dh, x.T @ da, d_recurrent, torch.stack([da.sum(0), d_recurrent_bias]), None
+        arrays = x, gates, a_n, hs[:-1], hs[1:], dhs[:-1], dhs[1:]
+        for start in reversed(range(0, len(x), _GRU.STEPS)):
+            x_s, gates_s, a_n_s, h, next_h, dh, d_next = (v[start : start + _GRU.STEPS] for v in arrays)
+            z, r, n = gates_s.chunk(3, -1)
+            rest = 1 - z
+            through_n = torch.addcmul(rest, rest * n, n, value=-1)  # (1 - z) (1 - n^2)
+            d_n = through_n * r
+            d_r = torch.addcmul(a_n_s, a_n_s, r, value=-1).mul_(d_n)
+            local = torch.stack([(next_h - n).mul_(rest), d_r, d_n], 2)
+            da = local.flatten(2)  # becomes the gradient of h U + b' in place
+            steps = zip(*(v.unbind()[::-1] for v in (local, da, z, dh, d_next, d_next[:, :, None])), strict=True)
+            for local_t, da_t, z_t, dh_t, d_next_t, d_next_of_gates in steps:
+                local_t.mul_(d_next_of_gates)
+                dh_t.addcmul_(d_next_t, z_t).addmm_(da_t, transposed)
+            da = da.flatten(0, 1)
+            d_recurrent.addmm_(h.flatten(0, 1).T, da)
+            d_bias[1] += da.sum(0)
+            torch.mul(d_next, through_n, out=local[:, :, 2])  # da becomes the gradient of x W + b in place: n differs
+            d_kernel.addmm_(x_s.flatten(0, 1).T, da)
+            d_bias[0] += da.sum(0)
+            if dx is not None:
+                torch.mm(da, kernel.T, out=dx[start : start + _GRU.STEPS].flatten(0, 1))
+        return None if dx is None else dx.transpose(0, 1), dhs[0], d_kernel, d_recurrent, d_bias, None

@@ -78,13 +78,13 @@ class Bidirectional(SequenceLayer):
         if self._given_weights is not None:
             self.set_weights(self._given_weights)
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size, max_length=None):
         return self.forward_layer.initial_state(batch_size), self.backward_layer.initial_state(batch_size)
 
     def call(self, x, mask=None, initial_state=None, return_state=False, training=None):
         if return_state or not self.return_state:
             return super().call(x, mask, initial_state, return_state, training)
-        y, state = self._run(x, mask, initial_state, training)
+        y, state = self._run(x, mask, initial_state, True, training)
         return (*(y if self.merge_mode is None else (y,)), *tree.flatten(state))
 
     def advance(self, x, state, mask=None, training=False):
@@ -106,12 +106,12 @@ class Bidirectional(SequenceLayer):
         states = len(tree.flatten(self.initial_state(1))) if self.return_state else 0
         return mask if outputs + states == 1 else [mask] * outputs + [None] * states
 
-    def _state_before(self, x, given):
+    def _state_before(self, x, given, wanted):
         flat = isinstance(given, list | tuple) and not any(isinstance(s, list | tuple) for s in given)
         form = self.initial_state(1)
         if flat and len(given) == len(tree.flatten(form)):  # Keras's list
             given = tree.pack_sequence_as(form, list(given))
-        return super()._state_before(x, given)
+        return super()._state_before(x, given, wanted)
 
 
 def _copy(layer, name, **changes):

@@ -4,7 +4,7 @@ import inspect
 
 import keras
 
-from keras_seq.base import SequenceLayer, call_layer
+from keras_seq.base import SequenceLayer, call_layer, first_state
 
 _MIX_TIME = (
     keras.layers.RNN,
@@ -131,8 +131,14 @@ class Stack(SequenceLayer):
             _build(part, input_shape)
             input_shape = part.compute_output_shape(input_shape)
 
-    def initial_state(self, batch_size):
-        return tuple(part.initial_state(batch_size) for part in self.parts)
+    def initial_state(self, batch_size, max_length=None):
+        return tuple(first_state(part, batch_size, max_length) for part in self.parts)
+
+    def fresh_state(self, batch_size):
+        return tuple(part.fresh_state(batch_size) for part in self.parts)
+
+    def state_spec(self, batch_size):
+        return tuple(part.state_spec(batch_size) for part in self.parts)
 
     def advance(self, x, state, mask=None, training=False):
         states = []

@@ -2,6 +2,7 @@
 
 import keras
 from keras import activations, ops, tree
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from keras_seq import ops as seq_ops
 from keras_seq.base import SequenceLayer, cast, random_seed
@@ -12,6 +13,13 @@ def arguments(scope, *own):
     """What the constructor with these local variables hands on: all but its `own` arguments."""
     left_out = {"self", "__class__", "kwargs", *own}
     return {k: v for k, v in scope.items() if k not in left_out} | scope["kwargs"]
+
+
+def _values(variables):
+    """`v.value` of each, or None for None. The property asks for scopes anew each time, which counts in a step."""
+    if in_stateless_scope():
+        return [None if v is None else v.value for v in variables]
+    return [None if v is None else v._value for v in variables]
 
 
 class Recurrent(SequenceLayer):
@@ -62,7 +70,7 @@ class Recurrent(SequenceLayer):
     def call(self, x, mask=None, initial_state=None, return_state=False, training=None):
         if return_state or not self.return_state:
             return super().call(x, mask, initial_state, return_state, training)
-        y, state = self._run(x, mask, initial_state, training)
+        y, state = self._run(x, mask, initial_state, True, training)
         return (y, *tree.flatten(state))
 
     def advance(self, x, state, mask=None, training=False):
@@ -115,7 +123,7 @@ class Gated(GateWeights, Recurrent):
         self.input_spec = keras.InputSpec(ndim=3, axes={-1: input_shape[-1]})
         self._one_dtype = self.variable_dtype == self.compute_dtype == self.state_dtype
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size, max_length=None):
         return ops.zeros((batch_size, self.units), self.state_dtype)
 
     def recur(self, x, state, mask, training):
@@ -132,8 +140,7 @@ class Gated(GateWeights, Recurrent):
     def advance_one(self, x_t, state):
         if not self._one_dtype or self.go_backwards:
             return super().advance_one(x_t, state)
-        bias = None if self.bias is None else self.bias.value
-        return self.one_step(x_t, state, self.kernel.value, self.recurrent_kernel.value, bias)
+        return self.one_step(x_t, state, *_values((self.kernel, self.recurrent_kernel, self.bias)))
 
     def recurrence(self, x, state, kernel, recurrent_kernel, bias, mask, **kwargs):
         """The operation of `keras_seq.ops` that this layer is."""
@@ -261,7 +268,7 @@ class LSTM(Gated):
         self.recurrent_activation = activations.get(recurrent_activation)
         self.forget_gate = 1 if unit_forget_bias else None
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size, max_length=None):
         return super().initial_state(batch_size), super().initial_state(batch_size)
 
     def recurrence(self, *args, **kwargs):

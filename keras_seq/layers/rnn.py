@@ -79,7 +79,7 @@ class RNN(Recurrent):
         self._output_size = y.shape[-1]
         self._shown = next((i for i, leaf in enumerate(tree.flatten(state)) if leaf is y), None)
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size, max_length=None):
         state = self._cell_state(batch_size)
         if self._shown is not None:
             return state

@@ -1,5 +1,14 @@
 """The mathematics: pure functions of arrays, written with `keras.ops`."""
 
+from keras_seq.ops.attention import attention as attention
+from keras_seq.ops.dense import dense as dense
+from keras_seq.ops.position import alibi_slopes as alibi_slopes
+from keras_seq.ops.position import positions as positions
+from keras_seq.ops.position import relative_buckets as relative_buckets
+from keras_seq.ops.position import rotary_frequencies as rotary_frequencies
+from keras_seq.ops.position import rotate as rotate
+from keras_seq.ops.position import segment_positions as segment_positions
+from keras_seq.ops.position import sinusoidal as sinusoidal
 from keras_seq.ops.recurrent import gru as gru
 from keras_seq.ops.recurrent import gru_step as gru_step
 from keras_seq.ops.recurrent import lstm as lstm

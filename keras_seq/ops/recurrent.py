@@ -9,14 +9,8 @@ the same outputs. `recurrent_dropout` is None or a `(b, u)` factor on h where it
 from keras import ops
 
 from keras_seq.backend import native
+from keras_seq.ops.dense import dense
 from keras_seq.ops.scan import masked_scan
-
-
-def dense(x, kernel, bias=None):
-    """`x W + b` for `x` `(b, t, d)`, as one matrix product."""
-    y = ops.reshape(x, (-1, x.shape[-1])) @ kernel
-    y = y if bias is None else y + bias
-    return ops.reshape(y, (-1, ops.shape(x)[1], kernel.shape[-1]))
 
 
 def _identity(h):
