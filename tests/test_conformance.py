@@ -82,6 +82,16 @@ LAYERS = {
     "MultiHeadAttention buckets": lambda: layers.MultiHeadAttention(
         2, 4, causal=True, window=2, position="t5", soft_cap=5.0, use_gate=True, use_bias=False
     ),
+    "FeedForward": lambda: layers.FeedForward(16, "swiglu"),
+    "TransformerEncoderBlock": lambda: layers.TransformerEncoderBlock(2, 12, norm_first=False, dropout=0.1),
+    "TransformerDecoderBlock": lambda: layers.TransformerDecoderBlock(
+        2, 12, activation="geglu", norm="rms", position="rotary", num_kv_heads=1, max_length=40
+    ),
+    "TransformerLM": lambda: models.TransformerLM(11, 8, num_layers=2, num_heads=2, max_length=40),
+    "TransformerLM rotary": lambda: models.TransformerLM(
+        11, 8, 1, 2, position="rotary", norm="rms", activation="swiglu", use_bias=False, num_kv_heads=1, window=4
+    ),
+    "TransformerLM buckets": lambda: models.TransformerLM(11, 8, 2, 2, position="t5", checkpoint=True, max_length=20),
     "RecurrentLM": lambda: models.RecurrentLM(11, 6, num_layers=2, cell="gru", dropout=0.1),
     "RecurrentLM tied": lambda: models.RecurrentLM(11, 6, tie_embeddings=True),
 }
@@ -90,4 +100,4 @@ LAYERS = {
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", LAYERS)
 def test_conformance(name, check):
-    check_layer(LAYERS[name], tolerance=1e-5 if "Attention" in name else 2e-6, checks=[check])
+    check_layer(LAYERS[name], tolerance=1e-5 if "Attention" in name or "Transformer" in name else 2e-6, checks=[check])

@@ -7,6 +7,7 @@ from keras_seq.layers.cells import PeepholeLSTMCell as PeepholeLSTMCell
 from keras_seq.layers.compose import Residual as Residual
 from keras_seq.layers.compose import Stack as Stack
 from keras_seq.layers.compose import TimeWise as TimeWise
+from keras_seq.layers.feedforward import FeedForward as FeedForward
 from keras_seq.layers.position import AlibiBias as AlibiBias
 from keras_seq.layers.position import LearnedPositionalEncoding as LearnedPositionalEncoding
 from keras_seq.layers.position import RelativePositionBias as RelativePositionBias
@@ -16,3 +17,5 @@ from keras_seq.layers.recurrent import GRU as GRU
 from keras_seq.layers.recurrent import LSTM as LSTM
 from keras_seq.layers.recurrent import SimpleRNN as SimpleRNN
 from keras_seq.layers.rnn import RNN as RNN
+from keras_seq.layers.transformer import TransformerDecoderBlock as TransformerDecoderBlock
+from keras_seq.layers.transformer import TransformerEncoderBlock as TransformerEncoderBlock

@@ -26,7 +26,7 @@ class MultiHeadAttention(SequenceLayer):
 
     Args:
         num_heads: number of heads of the queries.
-        key_dim: size of a head of queries and keys.
+        key_dim: size of a head of queries and keys; None for the size of the query divided by `num_heads`.
         value_dim: size of a head of the values; default `key_dim`.
         dropout: rate, on the attention weights, in training.
         use_bias: whether the projections have biases.
@@ -108,8 +108,9 @@ class MultiHeadAttention(SequenceLayer):
         super().__init__(**kwargs)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         window = sliding_window if window is None else window
-        sizes = {"num_heads": num_heads, "key_dim": key_dim, "num_kv_heads": num_kv_heads, "max_length": max_length}
-        sizes |= {k: v for k, v in {"value_dim": value_dim, "window": window}.items() if v is not None}
+        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "max_length": max_length}
+        optional = {"key_dim": key_dim, "value_dim": value_dim, "window": window}
+        sizes |= {k: v for k, v in optional.items() if v is not None}
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size!r}")
@@ -120,7 +121,7 @@ class MultiHeadAttention(SequenceLayer):
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be a rate from 0 to below 1. Received: dropout={dropout!r}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.key_dim, self.value_dim = key_dim, value_dim or key_dim
+        self.key_dim, self.value_dim = key_dim, value_dim
         self.dropout, self.use_bias, self.use_gate = dropout, use_bias, use_gate
         self._output_shape = (output_shape,) if isinstance(output_shape, int) else tuple(output_shape or ())
         self.attention_axes = (attention_axes,) if isinstance(attention_axes, int) else attention_axes
@@ -152,6 +153,13 @@ class MultiHeadAttention(SequenceLayer):
                 f"{self._title}: key and value need the same steps. Received: key {key_shape}, value {value_shape}"
             )
         query_size = query_shape[-1]
+        if self.key_dim is None and query_size % self.num_heads:
+            raise ValueError(
+                f"{self._title}: `num_heads` must divide the size of the query, or `key_dim` be given. Received: "
+                f"num_heads={self.num_heads}, a query of shape {tuple(query_shape)}"
+            )
+        self.key_dim = self.key_dim or query_size // self.num_heads
+        self.value_dim = self.value_dim or self.key_dim
         heads = {"query": (query_size, self.num_heads, self.key_dim)}
         heads["key"] = (key_shape[-1], self.num_kv_heads, self.key_dim)
         if self.use_gate:

@@ -2,3 +2,4 @@
 
 from keras_seq.models.language_model import LanguageModel as LanguageModel
 from keras_seq.models.recurrent import RecurrentLM as RecurrentLM
+from keras_seq.models.transformer import TransformerLM as TransformerLM

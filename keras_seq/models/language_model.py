@@ -38,10 +38,10 @@ class LanguageModel(SequenceLayer, keras.Model):
         """Runs over tokens `(b, t)` from `state`: returns logits `(b, t, vocab_size)` and the next state."""
         raise NotImplementedError
 
-    def advance(self, x, state, mask=None, training=False):
+    def advance(self, x, state, mask=None, training=False, **given):
         if "int" not in dtype_of(x):
             x = ops.cast(x, "int32")
-        return self.logits(x, state, self.compute_mask(x, mask), training)
+        return self.logits(x, state, self.compute_mask(x, mask), training, **given)
 
     def initial_state(self, batch_size, max_length=None):
         """The state before the first token; `max_length`: how many there will be, for states of fixed capacity."""
