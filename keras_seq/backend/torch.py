@@ -10,6 +10,12 @@ from keras import tree
 
 from keras_seq.backend import refuses
 from keras_seq.backend.recurrence import not_fused
+from keras_seq.backend.torch_attention import attention as attention
+from keras_seq.backend.torch_attention import dense as dense
+from keras_seq.backend.torch_attention import largest as largest
+from keras_seq.backend.torch_attention import longer as longer
+from keras_seq.backend.torch_attention import owned_state as owned_state
+from keras_seq.backend.torch_attention import write_one as write_one
 
 _FREEZE = 1e4
 
@@ -34,11 +40,6 @@ COMPILES = False
 def compiled(function, layer):
     """`function(*arrays)` without gradients: PyTorch runs eagerly."""
     return torch.no_grad()(function)
-
-
-def largest(x):
-    """The largest of the integers x, or None where there are no values."""
-    return None if x.device.type == "meta" else int(x.max())
 
 
 def gradients(function, layer):

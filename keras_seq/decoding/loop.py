@@ -4,6 +4,7 @@ A model takes part if it has
 
     logits, state = model(tokens, mask=..., initial_state=..., return_state=True)    # (b, t) -> (b, t, v)
     logits, state = model.step(token, state)                                         # (b,) -> (b, v)
+    model.step_valid, if it has a faster one for tokens that are no padding; rows that have ended take part in it too
     state = model.initial_state(batch_size, max_length)
     model.vocab_size, model.pad_id (or None)
 
@@ -88,6 +89,7 @@ class _Functions:
     def __init__(self, model, sampler, stop_tokens, steps):
         self.model, self.sampler, self.stop_tokens, self.steps = model, sampler, stop_tokens, steps
         self.pad_id = 0 if model.pad_id is None else model.pad_id
+        self.step = getattr(model, "step_valid", model.step)
 
     def first(self, prompt, mask, u):
         """Reads the prompt and chooses the first token: `(token, state, done)`."""
@@ -100,7 +102,8 @@ class _Functions:
 
     def next(self, token, state, done, u):
         """Takes in a token and chooses the next: `(token, state, done)`."""
-        logits, state = self.model.step(token, state)
+        with backend.current().owned_state():  # nobody else sees the state before this step
+            logits, state = self.step(token, state)
         return self.choose(logits, u, state, done)
 
     def generate(self, prompt, mask, u, limit):

@@ -121,7 +121,7 @@ class MultiHeadAttention(SequenceLayer):
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be a rate from 0 to below 1. Received: dropout={dropout!r}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.key_dim, self.value_dim = key_dim, value_dim
+        self.key_dim, self.value_dim = key_dim, value_dim or key_dim
         self.dropout, self.use_bias, self.use_gate = dropout, use_bias, use_gate
         self._output_shape = (output_shape,) if isinstance(output_shape, int) else tuple(output_shape or ())
         self.attention_axes = (attention_axes,) if isinstance(attention_axes, int) else attention_axes
@@ -189,6 +189,10 @@ class MultiHeadAttention(SequenceLayer):
         """`(keys, values, length)` of no step yet, with room for `max_length` steps; `()` if not causal."""
         if not self.causal:
             return ()
+        if self.key_dim is None:
+            raise ValueError(
+                f"{self._title} has no size yet: give `key_dim`, or build it before its first state is made."
+            )
         capacity = self._capacity(self.max_length if max_length is None else max_length)
         keys, values = (
             ops.zeros((batch_size, self.num_kv_heads, capacity, size), self.compute_dtype)

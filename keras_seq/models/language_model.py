@@ -43,6 +43,13 @@ class LanguageModel(SequenceLayer, keras.Model):
             x = ops.cast(x, "int32")
         return self.logits(x, state, self.compute_mask(x, mask), training, **given)
 
+    def step_valid(self, token, state):
+        """As `step`, for tokens `(b,)` none of which is padding, whatever their id: without the cost of a mask."""
+        if self.compute_dtype != self.variable_dtype:  # only a Keras call casts the weights
+            return self.step(token, state)
+        logits, state = self.logits(token[:, None], state)
+        return logits[:, 0], state
+
     def initial_state(self, batch_size, max_length=None):
         """The state before the first token; `max_length`: how many there will be, for states of fixed capacity."""
         raise NotImplementedError

@@ -95,6 +95,10 @@ class TransformerLM(LanguageModel):
         super().__init__(vocab_size, pad_id, **kwargs)
         if num_layers < 1:
             raise ValueError(f"`num_layers` must be a positive integer. Received: num_layers={num_layers!r}")
+        if head_dim is None and d_model % num_heads:
+            raise ValueError(
+                f"`num_heads` must divide d_model={d_model}, or head_dim be given. Received: num_heads={num_heads}"
+            )
         if checkpoint and (dropout or attention_dropout):
             raise ValueError(
                 "`checkpoint` computes the blocks twice, and dropout would draw twice: give one of them. Received: "
@@ -119,7 +123,7 @@ class TransformerLM(LanguageModel):
             TransformerDecoderBlock(
                 num_heads,
                 hidden_dim or 4 * d_model,
-                head_dim=head_dim,
+                head_dim=head_dim or d_model // num_heads,
                 activation=activation,
                 norm=norm,
                 epsilon=epsilon,

@@ -167,3 +167,26 @@ def test_errors():
     refused(lambda: models.TransformerLM(VOCAB, D, 1, 4, checkpoint=True, dropout=0.1), "checkpoint", "dropout")
     model = models.TransformerLM(VOCAB, D, 1, 4, max_length=8)
     refused(lambda: model(np.ones((1, 9), "int32")), "8", "9")
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="operators are counted on PyTorch")
+def test_few_operators_per_token():
+    """At most 300 calls of PyTorch operators for a token and 6 layers: what is left of speed when sizes are small."""
+    torch = pytest.importorskip("torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **kwargs or {})
+
+    model = models.TransformerLM(VOCAB, D, 6, HEADS, max_length=32)
+    with torch.no_grad(), backend.current().owned_state():
+        _, state = model(np.ones((1, 4), "int32"), initial_state=model.initial_state(1, 16), return_state=True)
+        token = ops.ones((1,), "int32")
+        _, state = model.step_valid(token, state)
+        with Count() as count:
+            model.step_valid(token, state)
+    assert count.calls <= 300

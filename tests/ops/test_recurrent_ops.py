@@ -160,6 +160,17 @@ def test_native_gradients_equal_those_of_the_definition(kind, time, mask):
         close(got[name], expected[name], what=name)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_native_gradients_of_a_long_sequence(kind, masked):
+    """Long enough for kernels that work in blocks of steps: several of them and a remainder."""
+    values = arguments(kind, 150)
+    mask = np.random.default_rng(0).random((B, 150)) < 0.7 if masked else None
+    expected, got = (gradients_of(kind, mode)(values, mask) for mode in ("reference", "native"))
+    for name in expected:
+        close(got[name], expected[name], what=name)
+
+
 @pytest.mark.parametrize("mask", [None, MASKS["holes"]], ids=["no mask", "holes"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_differences(kind, mask):
