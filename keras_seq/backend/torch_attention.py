@@ -16,7 +16,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from keras_seq.backend import refuses
 
-_BLOCK = 256  # queries: enough for efficient products, few enough that a mask of them is small
+_BLOCK = {"cpu": 128}  # queries: enough for efficient products, few enough that a mask of them is small
+_LONG_BLOCK = 512  # elsewhere, where each call costs more than its work (not measured)
 _ROW_BY_ROW = 128  # from so many steps a CPU is faster on each row without its padding than on all rows with it
 
 
@@ -103,7 +104,7 @@ def attention(
     if slopes is not None:
         slopes = torch.as_tensor(slopes, dtype=_score_dtype(query), device=query.device).view(-1, 1, 1)
     arrays = query, key, value, bias, slopes
-    if queries <= _BLOCK:
+    if queries <= _block_size(query.device):
         for block in seen.blocks(queries, keys, query.device):
             return _block(block, _cut(block, arrays), soft_cap, scale)
     return _Blocks.apply(seen, soft_cap, scale, *arrays)
@@ -225,6 +226,10 @@ def _row_by_row(query, key, value, mask, causal, scale):
     return torch.cat(ys).transpose(1, 2)
 
 
+def _block_size(device):
+    return _BLOCK.get(device.type, _LONG_BLOCK)
+
+
 class _Block(NamedTuple):
     """A range of queries, the ranges of keys that it may see, and which sees which: `(b or 1, 1 or h, q, k)`."""
 
@@ -250,7 +255,7 @@ class _Seen(NamedTuple):
     in_order: bool  # of queries and keys the i-th are one step, and all keys after it are later
 
     def blocks(self, queries, keys, device):
-        size = _BLOCK if queries > _BLOCK else queries
+        size = _block_size(device)
         for start in range(0, queries, size):
             block = self.block(start, min(start + size, queries), keys)
             if device.type == "cpu" and (self.first is None or self.query_segments is not None) and not self.sinks:
