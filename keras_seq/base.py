@@ -2,10 +2,11 @@
 
 import inspect
 import random
+from contextlib import nullcontext
 
 import keras
 from keras import ops, tree
-from keras.src.backend import get_keras_mask  # the attribute itself is not on traced arrays of JAX
+from keras.src.backend import AutocastScope, get_keras_mask  # the mask's attribute is not on traced arrays of JAX
 
 _KERAS_CONFIG = ("name", "dtype", "trainable")
 
@@ -111,6 +112,13 @@ class SequenceLayer(Configured):
         """`advance` by one step `x_t` `(b, ...)`, in inference: `(y_t, state)`. To write it is a matter of speed."""
         y, state = self.advance(x_t[:, None], state)
         return (y[:, 0] if self.return_sequences else y), state
+
+    def stepper(self, batch_size, steps=1):
+        """`advance_one` for about so many steps in a row of so many rows: a function `(x_t, state) -> (y_t, state)`.
+
+        It may have looked up, and laid out anew, the weights, which must not change meanwhile. A matter of speed too.
+        """
+        return self.advance_one
 
     def fresh_state(self, batch_size):
         """What `advance` gets in a call that neither gives a state nor wants one back: `initial_state`, or less."""
@@ -292,6 +300,11 @@ def random_seed():
     A `SeedGenerator` without an explicit seed makes PyTorch's dropout use the global generator instead.
     """
     return random.randint(1, 10**9)
+
+
+def autocast(layer):
+    """Inside, the weights of `layer` are read in its compute dtype, as in a Keras call of it."""
+    return AutocastScope(layer.compute_dtype) if layer.compute_dtype != layer.variable_dtype else nullcontext()
 
 
 def call_layer(layer, x, **kwargs):

@@ -92,6 +92,13 @@ LAYERS = {
         11, 8, 1, 2, position="rotary", norm="rms", activation="swiglu", use_bias=False, num_kv_heads=1, window=4
     ),
     "TransformerLM buckets": lambda: models.TransformerLM(11, 8, 2, 2, position="t5", checkpoint=True, max_length=20),
+    "TransformerEncoder": lambda: models.TransformerEncoder(11, 8, 1, 2, hidden_dim=12, max_length=40, dropout=0.1),
+    "TransformerEncoder masked LM": lambda: models.TransformerEncoder(
+        11, 8, 1, 2, hidden_dim=12, head="masked_lm", position="t5", norm_first=True, checkpoint=True
+    ),
+    "TransformerEncoder classifier": lambda: models.TransformerEncoder(
+        11, 8, 1, 2, hidden_dim=12, head="classifier", num_classes=3, position="rotary", num_token_types=0
+    ),
     "RecurrentLM": lambda: models.RecurrentLM(11, 6, num_layers=2, cell="gru", dropout=0.1),
     "RecurrentLM tied": lambda: models.RecurrentLM(11, 6, tie_embeddings=True),
 }

@@ -18,7 +18,9 @@ import keras
 from jax.lax import scan as scan
 
 from keras_seq.backend import refuses
+from keras_seq.backend.jax_attention import attention as attention
 from keras_seq.backend.recurrence import not_fused
+from keras_seq.backend.xla import product as product
 
 COMPILES = True
 
@@ -27,7 +29,7 @@ owned_state = nullcontext  # a compiler finds out by itself what it may overwrit
 _BLOCK = 256  # batch x steps
 
 
-def compiled(function, layer):
+def compiled(function, layer, xla=True):
     """`function(*arrays)`, which reads the variables of `layer`, compiled; their values are read at each call."""
 
     @jax.jit

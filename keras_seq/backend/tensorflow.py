@@ -13,6 +13,8 @@ from keras import tree
 
 from keras_seq.backend import refuses
 from keras_seq.backend.recurrence import not_fused
+from keras_seq.backend.tensorflow_attention import attention as attention
+from keras_seq.backend.xla import product as product
 
 
 def scan(step, state, xs, reverse=False):
@@ -40,9 +42,12 @@ COMPILES = True
 owned_state = nullcontext  # a compiler finds out by itself what it may overwrite
 
 
-def compiled(function, layer):
-    """`function(*arrays)`, which reads the variables of `layer`, compiled; their values are read at each call."""
-    return tf.function(function, autograph=False)
+def compiled(function, layer, xla=False):
+    """`function(*arrays)`, which reads the variables of `layer`, compiled; their values are read at each call.
+
+    With `xla` it takes longer to compile and less long to run.
+    """
+    return tf.function(function, autograph=False, jit_compile=xla)
 
 
 def gradients(function, layer):

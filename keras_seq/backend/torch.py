@@ -16,6 +16,11 @@ from keras_seq.backend.torch_attention import largest as largest
 from keras_seq.backend.torch_attention import longer as longer
 from keras_seq.backend.torch_attention import owned_state as owned_state
 from keras_seq.backend.torch_attention import write_one as write_one
+from keras_seq.backend.torch_decoding import attention_to_cache as attention_to_cache
+from keras_seq.backend.torch_decoding import heads_of as heads_of
+from keras_seq.backend.torch_decoding import layer_norm as layer_norm
+from keras_seq.backend.torch_decoding import product as product
+from keras_seq.backend.torch_decoding import rms_norm as rms_norm
 
 _FREEZE = 1e4
 
@@ -37,7 +42,7 @@ def scan(step, state, xs):
 COMPILES = False
 
 
-def compiled(function, layer):
+def compiled(function, layer, xla=False):
     """`function(*arrays)` without gradients: PyTorch runs eagerly."""
     return torch.no_grad()(function)
 

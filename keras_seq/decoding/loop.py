@@ -4,16 +4,24 @@ A model takes part if it has
 
     logits, state = model(tokens, mask=..., initial_state=..., return_state=True)    # (b, t) -> (b, t, v)
     logits, state = model.step(token, state)                                         # (b,) -> (b, v)
-    model.step_valid, if it has a faster one for tokens that are no padding; rows that have ended take part in it too
     state = model.initial_state(batch_size, max_length)
     model.vocab_size, model.pad_id (or None)
 
-A token that is `pad_id` is padding: it leaves the state as it is and is never generated. The prompt is read in one
-call. On JAX and TensorFlow reading and the whole loop are one compiled function; the lengths of prompts and outputs are
-rounded up to powers of two, so that few are ever compiled. On PyTorch it is a loop in Python.
+and of these, which are faster or different, those that it has:
+
+    logits, state = model.prefill(prompt, mask, new)    # (b, t) -> (b, v), and a state with room for `new` tokens
+    logits, state = model.step_valid(token, state)      # as step, for tokens that are no padding
+    step = model.stepper(batch_size, steps)             # step_valid made ready for about so many in a row
+    model.prompt_vocab_size                             # if prompts are of another vocabulary
+
+A token that is `pad_id` is padding: it leaves the state as it is and is never generated. Rows that have ended take part
+in `step_valid` all the same. The prompt is read in one call. On JAX and TensorFlow reading and the whole loop are one
+compiled function; the lengths of prompts and outputs are rounded up to one of four in each octave, so that few are ever
+compiled. On PyTorch it is a loop in Python.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 from keras import ops
@@ -45,7 +53,7 @@ def generate(model, prompt_tokens, max_new_tokens, sampler, seed=None, stop_toke
         ValueError: an empty prompt, a token outside of the vocabulary, a mask of another shape, max_new_tokens < 1.
     """
     prompt, mask, single = _prompt(model, prompt_tokens, mask)
-    steps = _power_of_two(_at_least_one(max_new_tokens))
+    steps = _rounded_up(_at_least_one(max_new_tokens))
     u = keras_random.uniform((steps, len(prompt)), seed=random_seed() if seed is None else seed)
     run = _compiled(model, "generate", sampler, tuple(stop_tokens), steps)
     tokens = run(prompt, mask, u, ops.convert_to_tensor(max_new_tokens, "int32"))
@@ -59,10 +67,13 @@ def stream(model, prompt_tokens, max_new_tokens, sampler, seed=None, stop_tokens
     Ends when every row has ended. Arguments and errors as in `generate`; they are checked at the call.
     """
     prompt, mask, single = _prompt(model, prompt_tokens, mask)
-    steps = _power_of_two(_at_least_one(max_new_tokens))
+    steps = _rounded_up(_at_least_one(max_new_tokens))
     u = keras_random.uniform((steps, len(prompt)), seed=random_seed() if seed is None else seed)
     first = _compiled(model, "first", sampler, tuple(stop_tokens), steps)
     following = _compiled(model, "next", sampler, tuple(stop_tokens), None)
+    if not backend.current().COMPILES:  # else each step would be made ready anew
+        functions = _Functions(model, sampler, tuple(stop_tokens), steps)
+        following = partial(functions.next, step=functions.stepper(len(prompt)))
 
     def tokens():
         token, state, done = first(prompt, mask, u[0])
@@ -79,7 +90,7 @@ def _compiled(model, what, *key):
     """The compiled function of that name, made once per model, sampler and size."""
     cache = model.__dict__.setdefault("_decoders", {})
     if (what, *key) not in cache:
-        cache[what, *key] = backend.current().compiled(getattr(_Functions(model, *key), what), model)
+        cache[what, *key] = backend.current().compiled(getattr(_Functions(model, *key), what), model, xla=True)
     return cache[what, *key]
 
 
@@ -89,26 +100,34 @@ class _Functions:
     def __init__(self, model, sampler, stop_tokens, steps):
         self.model, self.sampler, self.stop_tokens, self.steps = model, sampler, stop_tokens, steps
         self.pad_id = 0 if model.pad_id is None else model.pad_id
+        self.prefill = getattr(model, "prefill", self._prefill)
         self.step = getattr(model, "step_valid", model.step)
+
+    def _prefill(self, prompt, mask, new):
+        batch, length = prompt.shape
+        state = self.model.initial_state(batch, length + new)
+        logits, state = self.model(prompt, mask=mask, initial_state=state, return_state=True, training=False)
+        last = ops.max(ops.where(mask, ops.arange(length, dtype="int32"), 0), axis=1)
+        return ops.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], state
+
+    def stepper(self, batch_size):
+        return self.model.stepper(batch_size, self.steps) if hasattr(self.model, "stepper") else self.step
 
     def first(self, prompt, mask, u):
         """Reads the prompt and chooses the first token: `(token, state, done)`."""
-        batch, length = prompt.shape
-        state = self.model.initial_state(batch, length + (self.steps or 0))
-        logits, state = self.model(prompt, mask=mask, initial_state=state, return_state=True, training=False)
-        last = ops.max(ops.where(mask, ops.arange(length, dtype="int32"), 0), axis=1)
-        logits = ops.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
-        return self.choose(logits, u, state, ops.zeros((batch,), "bool"))
+        logits, state = self.prefill(prompt, mask, self.steps)
+        return self.choose(logits, u, state, ops.zeros((prompt.shape[0],), "bool"))
 
-    def next(self, token, state, done, u):
+    def next(self, token, state, done, u, step=None):
         """Takes in a token and chooses the next: `(token, state, done)`."""
         with backend.current().owned_state():  # nobody else sees the state before this step
-            logits, state = self.step(token, state)
+            logits, state = (step or self.step)(token, state)
         return self.choose(logits, u, state, done)
 
     def generate(self, prompt, mask, u, limit):
         """All tokens `(b, steps)`, of which `limit` are made."""
         token, state, done = self.first(prompt, mask, u[0])
+        step = self.stepper(prompt.shape[0])
         column = ops.arange(self.steps, dtype="int32")[None]
         tokens = ops.where(column == 0, token[:, None], self.pad_id)
 
@@ -116,7 +135,7 @@ class _Functions:
             return ops.logical_and(i < limit, ops.logical_not(ops.all(done)))
 
         def body(i, token, state, done, tokens):
-            token, state, done = self.next(token, state, done, ops.take(u, i, axis=0))
+            token, state, done = self.next(token, state, done, ops.take(u, i, axis=0), step)
             return i + 1, token, state, done, ops.where(column == i, token[:, None], tokens)
 
         carry = ops.convert_to_tensor(1, "int32"), token, state, done, ops.cast(tokens, "int32")
@@ -155,13 +174,11 @@ def _prompt(model, tokens, mask):
         raise ValueError(f"`mask` must be bool of shape {tokens.shape}. Received: {mask.dtype} of shape {mask.shape}")
     if not mask.any(axis=1).all():
         raise ValueError(f"Every prompt needs at least one valid token. Rows without: {np.where(~mask.any(axis=1))[0]}")
-    valid = tokens[mask]
-    if valid.min() < 0 or valid.max() >= model.vocab_size:
-        raise ValueError(
-            f"Tokens must be from 0 to {model.vocab_size - 1}. The prompt has {valid.min()} to {valid.max()}."
-        )
+    valid, vocab_size = tokens[mask], getattr(model, "prompt_vocab_size", model.vocab_size)
+    if valid.min() < 0 or valid.max() >= vocab_size:
+        raise ValueError(f"Tokens must be from 0 to {vocab_size - 1}. The prompt has {valid.min()} to {valid.max()}.")
     if backend.current().COMPILES:
-        left = ((0, 0), (_power_of_two(tokens.shape[1]) - tokens.shape[1], 0))
+        left = ((0, 0), (_rounded_up(tokens.shape[1]) - tokens.shape[1], 0))
         tokens, mask = np.pad(tokens, left), np.pad(mask, left)
     return ops.convert_to_tensor(tokens, "int32"), ops.convert_to_tensor(mask, "bool"), single
 
@@ -172,5 +189,7 @@ def _at_least_one(n):
     return n
 
 
-def _power_of_two(n):
-    return 2 ** math.ceil(math.log2(n))
+def _rounded_up(n):
+    """To 1, 1.25, 1.5 or 1.75 times a power of two; up to 8 to any."""
+    step = 2 ** max(math.frexp(n - 1)[1] - 3, 0)
+    return -(-n // step) * step

@@ -9,9 +9,11 @@ from keras.src.backend import get_keras_mask
 from keras_seq.base import SequenceLayer, call_layer, cast, dtype_of, random_seed
 from keras_seq.layers.dense import matrix, project
 from keras_seq.layers.position import AlibiBias, RelativePositionBias, RotaryEmbedding
+from keras_seq.layers.prepared import products
 from keras_seq.ops import cache
 from keras_seq.ops import position as position_ops
-from keras_seq.ops.attention import attention, positions
+from keras_seq.ops.attention import attention, attention_to_cache, positions
+from keras_seq.ops.dense import heads_of
 
 
 @keras.saving.register_keras_serializable("keras_seq")
@@ -294,6 +296,41 @@ class MultiHeadAttention(SequenceLayer):
             heads = self._attention(query, key, value, training, given)
         return self._output(heads, x), state
 
+    def stepper(self, batch_size, steps=1):
+        """One product for queries, keys and values, and no analysis of what a step sees."""
+        joined = products(self.query_dense, self.key_dense, self.value_dense, rows=batch_size, steps=steps)
+        output = products(self.output_dense, rows=batch_size, steps=steps)
+        if not self.causal or self.use_gate or self.key_dim != self.value_dim or joined is None or output is None:
+            return self.advance_one
+        counts, size = (self.num_heads, self.num_kv_heads, self.num_kv_heads), self.key_dim
+        rotary = isinstance(self.position, RotaryEmbedding)
+        plain = self.window is None and self.soft_cap is None and (rotary or self.position is None)
+
+        def step(x, state):
+            query, key, value = heads_of(joined(x), counts, size)
+            if self.query_norm is not None:
+                query, key = call_layer(self.query_norm, query), call_layer(self.key_norm, key)
+            at = None if plain and not rotary else state[2][:, None]
+            if rotary:
+                query, key = self._rotated(query, at), self._rotated(key, at)
+            if plain:
+                heads, state = self._attend_to_all(query, key, value, state)
+            else:
+                given = {"causal": True, "query_positions": at}
+                heads, state = self._attend_to_cache(query, key, value, state, None, False, given)
+            return output(heads), state
+
+        return step
+
+    def _attend_to_all(self, query, key, value, state):
+        """As `_attend_to_cache`, for one step that sees all steps before it."""
+        keys, values, before = state
+        after = cache.longer(before, 1)
+        full = self._full(after, keys.shape[2])
+        heads, keys, values = attention_to_cache(query, key, value, keys, values, before, after)
+        heads = heads if full is None else ops.where(full[:, None, None, None], float("nan"), heads)
+        return heads, (keys, values, after)
+
     def _attend_to_cache(self, query, key, value, state, mask, training, given):
         """The heads' outputs, and the state with the new steps in it."""
         keys, values, before = state
@@ -342,6 +379,20 @@ class MultiHeadAttention(SequenceLayer):
             value, key = (None if x is None else _zero_where_padded(x, mask) for x in (value, key))
         keys, values = self._heads("key", value if key is None else key), self._heads("value", value)
         return keys, values, mask
+
+    def memory_stepper(self, batch_size, steps=1):
+        """`attend` on single steps `(b, d)`, made ready as by `stepper`."""
+        made = {"rows": batch_size, "steps": steps}
+        queries, output = products(self.query_dense, **made), products(self.output_dense, **made)
+        if self.query_norm is not None or self.use_gate or queries is None or output is None:
+            return lambda x, memory: self.attend(x[:, None], memory)[:, 0]
+
+        def step(x, memory):
+            keys, values, mask = memory
+            (query,) = heads_of(queries(x), (self.num_heads,), self.key_dim)
+            return output(self._attention(query, keys, values, False, {"key_mask": mask}))
+
+        return step
 
     def attend(self, query, memory, training=False):
         """The output for queries `(b, t, d)` that attend to a `memory`."""

@@ -22,9 +22,14 @@ def matrix(kernel_shape, axes=1, use_bias=True, kernel="glorot_uniform", bias="z
     return layer
 
 
+def is_product(layer):
+    """Whether a dense layer or an embedding is no more than the product with its kernel."""
+    plain = layer.compute_dtype == layer.variable_dtype and layer.quantization_mode is None
+    return plain and not layer.lora_enabled and layer.activity_regularizer is None
+
+
 def project(layer, x):
     """`layer(x)`, for a `matrix` or a `Dense` on `(b, t, ...)`: by one plain product where it is no more than that."""
-    plain = layer.compute_dtype == layer.variable_dtype == dtype_of(x) and layer.quantization_mode is None
-    if plain and not layer.lora_enabled and layer.activity_regularizer is None:
+    if is_product(layer) and dtype_of(x) == layer.compute_dtype:
         return dense(x, layer.kernel, layer.bias, axes=len(x.shape) - 2)
     return layer(x)

@@ -5,6 +5,7 @@ from keras import activations, ops
 
 from keras_seq.base import SequenceLayer, random_seed
 from keras_seq.layers.dense import matrix, project
+from keras_seq.layers.prepared import products
 
 _GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid"}
 
@@ -76,6 +77,21 @@ class FeedForward(SequenceLayer):
         h = self.activation(project(self.gate_dense, x)) * h if self.gated else self.activation(h)
         h = self._drop(h, training=True) if training and self.dropout else h
         return project(self.output_dense, h), state
+
+    def stepper(self, batch_size, steps=1):
+        inner = products(*([self.gate_dense] if self.gated else []), self.hidden_dense, rows=batch_size, steps=steps)
+        output = products(self.output_dense, rows=batch_size, steps=steps)
+        if inner is None or output is None:
+            return self.advance_one
+
+        def step(x, state):
+            h = inner(x)
+            if self.gated:
+                gate, h = ops.split(h, 2, axis=-1)
+                return output(self.activation(gate) * h), state
+            return output(self.activation(h)), state
+
+        return step
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.output_dim or input_shape[-1])

@@ -6,9 +6,10 @@ import keras
 from keras import ops
 from keras.src.backend import get_keras_mask
 
-from keras_seq.base import SequenceLayer, call_layer, cast, random_seed
+from keras_seq.base import SequenceLayer, _matches, call_layer, cast, dtype_of, random_seed
 from keras_seq.layers.attention import MultiHeadAttention
 from keras_seq.layers.feedforward import FeedForward
+from keras_seq.layers.prepared import norm_of
 
 _NORMS = {"layer": keras.layers.LayerNormalization, "rms": keras.layers.RMSNormalization}
 
@@ -120,6 +121,30 @@ class TransformerBlock(SequenceLayer):
     def _feed_forward(self, x):
         return self.feedforward.advance(x, ())[0]
 
+    def stepper(self, batch_size, steps=1):
+        attend = self._added(self.attention_norm, self.attention.stepper(batch_size, steps))
+        feed_forward = self._added(self.feedforward_norm, self.feedforward.stepper(batch_size, steps))
+
+        def step(x, state):
+            x, state = attend(x, state)
+            return feed_forward(x, ())[0], state
+
+        return step
+
+    def _added(self, norm, f):
+        """`branch` for single steps: `(x, state) -> (y, state)` of an f that takes and gives a state."""
+        norm = norm_of(norm)
+
+        def before(x, state):
+            y, state = f(norm(x), state)
+            return x + y, state
+
+        def after(x, state):
+            y, state = f(x, state)
+            return norm(x + y), state
+
+        return before if self.norm_first else after
+
     def branch(self, x, norm, f, training):
         """`x + f(norm(x))` or `norm(x + f(x))`; f may return a state too, which is returned."""
         y = f(call_layer(norm, x) if self.norm_first else x)
@@ -180,7 +205,8 @@ class TransformerDecoderBlock(TransformerBlock):
     with cross attention a pair of that and of `(keys, values, mask)` of the second sequence, computed once, by
     `initial_state(batch_size, max_length, memory, memory_mask)`.
 
-    Raises: ValueError for what `MultiHeadAttention` refuses, an unknown norm, a missing or unexpected memory.
+    Raises: ValueError for what `MultiHeadAttention` refuses, an unknown norm, a memory that is missing, unexpected or
+    of another shape.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, fig. 1; Radford et al. 2019 (without cross attention).
     """
@@ -191,6 +217,7 @@ class TransformerDecoderBlock(TransformerBlock):
         super().__init__(num_heads, hidden_dim, **kwargs)
         self.cross_attention_norm: Any = None
         self.cross_attention: Any = None
+        self._memory_size = None
         if cross_attention and self.stateful:
             raise ValueError(f"{self._title}: stateful=True does not go with cross_attention=True.")
         if cross_attention:
@@ -204,19 +231,34 @@ class TransformerDecoderBlock(TransformerBlock):
     def build(self, x_shape, memory_shape=None):
         super().build(x_shape)
         if self.cross_attention is not None and not self.cross_attention.built:
+            memory_shape = x_shape if memory_shape is None else memory_shape
             self.cross_attention_norm.build(tuple(x_shape))
-            self.cross_attention.build(x_shape, x_shape if memory_shape is None else memory_shape)
+            self.cross_attention.build(x_shape, memory_shape)
             self.cross_attention.built = True
+            self._memory_size = memory_shape[-1]
 
     def initial_state(self, batch_size, max_length=None, memory=None, memory_mask=None):
         """The state before the first step; with a second sequence `(b, s, d')` its keys and values are in it."""
         own = super().initial_state(batch_size, max_length)
         if self.cross_attention is None:
             return own
-        return own, () if memory is None else self._memory(memory, memory_mask)
+        return own, () if memory is None else self._memory(memory, memory_mask, batch_size)
 
-    def _memory(self, memory, mask):
+    def _memory(self, memory, mask, batch_size):
+        batch_size, size = batch_size if isinstance(batch_size, int) else None, self._memory_size
+        if size is None:
+            raise ValueError(f"{self._title} must be built before a state with a second sequence is made.")
+        if not _matches(tuple(memory.shape), (batch_size, None, size)):
+            raise ValueError(
+                f"{self._title} expects a memory of shape (batch, time, features) = ({batch_size}, any, {size}). "
+                f"Received: {tuple(memory.shape)}"
+            )
         mask = get_keras_mask(memory) if mask is None else mask
+        if mask is not None and (dtype_of(mask) != "bool" or not _matches(tuple(mask.shape), tuple(memory.shape[:2]))):
+            raise ValueError(
+                f"{self._title} expects a memory_mask of dtype bool and shape (batch, time) = "
+                f"{tuple(memory.shape[:2])}. Received: {dtype_of(mask)} of shape {tuple(mask.shape)}"
+            )
         mask = ops.ones(ops.shape(memory)[:2], "bool") if mask is None else mask
         return self.cross_attention.memory(cast(memory, self.compute_dtype), mask)
 
@@ -250,7 +292,7 @@ class TransformerDecoderBlock(TransformerBlock):
             if self.cross_attention is None or initial_state is not None:
                 why = "it has no cross attention" if self.cross_attention is None else "the state holds one already"
                 raise ValueError(f"{self._title} does not take a `memory` here: {why}.")
-            given["memory"] = self._memory(memory, memory_mask)
+            given["memory"] = self._memory(memory, memory_mask, x.shape[0])
         y, state = self._run(x, mask, initial_state, return_state, training, **given)
         return (y, state) if return_state else y
 
@@ -271,3 +313,19 @@ class TransformerDecoderBlock(TransformerBlock):
             x, _ = self.branch(x, self.cross_attention_norm, attend_to_memory, training)
         x, _ = self.branch(x, self.feedforward_norm, self._feed_forward, training)
         return x, next_own if self.cross_attention is None else (next_own, seen)
+
+    def stepper(self, batch_size, steps=1):
+        if self.cross_attention is None:
+            return super().stepper(batch_size, steps)
+        attend = self._added(self.attention_norm, self.attention.stepper(batch_size, steps))
+        feed_forward = self._added(self.feedforward_norm, self.feedforward.stepper(batch_size, steps))
+        look_up = self.cross_attention.memory_stepper(batch_size, steps)
+        attend_to_memory = self._added(self.cross_attention_norm, lambda x, memory: (look_up(x, memory), memory))
+
+        def step(x, state):
+            own, memory = state
+            x, own = attend(x, own)
+            x, _ = attend_to_memory(x, memory)
+            return feed_forward(x, ())[0], (own, memory)
+
+        return step

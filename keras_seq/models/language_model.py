@@ -5,7 +5,7 @@ from keras import ops
 from keras.src.backend import set_keras_mask
 
 from keras_seq import decoding
-from keras_seq.base import SequenceLayer, dtype_of
+from keras_seq.base import SequenceLayer, autocast, cast, dtype_of
 
 
 class LanguageModel(SequenceLayer, keras.Model):
@@ -22,7 +22,9 @@ class LanguageModel(SequenceLayer, keras.Model):
         pad_id: the id that is padding, in inputs and in targets, where no mask is given; None if there is none.
         **kwargs: `stateful` and those of `keras.Model`.
 
-    A subclass writes `logits(tokens, state, mask, training)`, `build` and `initial_state`.
+    A call with `last_only=True` gives the logits of the last valid step of each row alone, `(b, 1, vocab_size)`.
+
+    A subclass writes `hidden(tokens, state, mask, training)`, `logits(h)`, `build` and `initial_state`.
     """
 
     def __init__(self, vocab_size, pad_id=0, **kwargs):
@@ -34,21 +36,46 @@ class LanguageModel(SequenceLayer, keras.Model):
         self.vocab_size = vocab_size
         self.pad_id = pad_id
 
-    def logits(self, tokens, state, mask=None, training=False):
-        """Runs over tokens `(b, t)` from `state`: returns logits `(b, t, vocab_size)` and the next state."""
+    def hidden(self, tokens, state, mask=None, training=False):
+        """Runs over tokens `(b, t)` from `state`: what logits are made of, `(b, t, d)`, and the next state."""
         raise NotImplementedError
 
-    def advance(self, x, state, mask=None, training=False, **given):
-        if "int" not in dtype_of(x):
-            x = ops.cast(x, "int32")
-        return self.logits(x, state, self.compute_mask(x, mask), training, **given)
+    def logits(self, h):
+        """`(b, t, d)` -> `(b, t, vocab_size)`."""
+        raise NotImplementedError
+
+    def call(self, x, mask=None, initial_state=None, return_state=False, training=None, last_only=False, **given):
+        if return_state:
+            self._require_splittable("return_state=True")
+        x = cast(x, "int32") if "float" in dtype_of(x) else x  # the compute dtype may not hold all ids
+        y, state = self._run(x, mask, initial_state, return_state, training, last_only=last_only, **given)
+        return (y, state) if return_state else y
+
+    def advance(self, x, state, mask=None, training=False, last_only=False, **given):
+        mask = self.compute_mask(x, mask)
+        h, state = self.hidden(x, state, mask, training, **given)
+        return self.logits(_last_valid(h, mask) if last_only else h), state
+
+    def prefill(self, prompt, mask, new):
+        """Reads a prompt `(b, t)`, in one piece: the logits after it `(b, vocab_size)`, and a state for `new` more."""
+        state = self.initial_state(prompt.shape[0], prompt.shape[1] + new)
+        logits, state = self(prompt, mask=mask, initial_state=state, return_state=True, training=False, last_only=True)
+        return logits[:, 0], state
 
     def step_valid(self, token, state):
         """As `step`, for tokens `(b,)` none of which is padding, whatever their id: without the cost of a mask."""
-        if self.compute_dtype != self.variable_dtype:  # only a Keras call casts the weights
-            return self.step(token, state)
-        logits, state = self.logits(token[:, None], state)
-        return logits[:, 0], state
+        with autocast(self):
+            h, state = self.hidden(token[:, None], state)
+            return self.logits(h)[:, 0], state
+
+    def stepper(self, batch_size, steps=1):
+        """`step_valid` for about so many tokens in a row, as in `SequenceLayer.stepper`."""
+        return self.step_valid
+
+    @property
+    def prompt_vocab_size(self):
+        """Number of token ids of prompts."""
+        return self.vocab_size
 
     def initial_state(self, batch_size, max_length=None):
         """The state before the first token; `max_length`: how many there will be, for states of fixed capacity."""
@@ -75,23 +102,36 @@ class LanguageModel(SequenceLayer, keras.Model):
         return (x[:, :-1], x[:, 1:]) if y is None and sample_weight is not None else (x, y)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        valid = self.compute_mask(x, None)
-        if y is None:
-            y, y_pred, valid = x[:, 1:], y_pred[:, :-1], None if valid is None else valid[:, :-1]
-        if valid is not None and tuple(y.shape) == tuple(valid.shape):
-            valid = ops.logical_and(valid, y != self.pad_id)
+        y, y_pred, valid = self._compared(x, y, ops.cast(y_pred, "float32"))
         if self.loss is not None:
-            y_pred = ops.cast(y_pred, "float32")
             if valid is not None:
                 set_keras_mask(y_pred, valid)  # by which Keras's losses leave out what is padding
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        losses = keras.losses.sparse_categorical_crossentropy(y, ops.cast(y_pred, "float32"), from_logits=True)
+        losses = self._token_losses(y, y_pred, training)
         weight = ops.ones_like(losses) if valid is None else ops.cast(valid, losses.dtype)
         if sample_weight is not None:
             sample_weight = ops.cast(sample_weight, losses.dtype)
             weight = weight * (sample_weight[:, None] if len(sample_weight.shape) == 1 else sample_weight)
         total = ops.sum(weight)
         return sum(self.losses, ops.sum(losses * weight) / ops.where(total > 0, total, ops.ones_like(total)))
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        y, y_pred, valid = self._compared(x, y, y_pred)
+        if valid is not None:
+            set_keras_mask(y_pred, valid)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def _compared(self, x, y, y_pred):
+        """Targets, the logits that are held against them, and where both are valid (None for everywhere)."""
+        valid = self.compute_mask(x, None)
+        if y is None:
+            y, y_pred, valid = x[:, 1:], y_pred[:, :-1], None if valid is None else valid[:, :-1]
+        if valid is not None and tuple(y.shape) == tuple(valid.shape):
+            valid = ops.logical_and(valid, y != self.pad_id)
+        return y, y_pred, valid
+
+    def _token_losses(self, y, logits, training):
+        return keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
 
     def generate(
         self,
@@ -146,3 +186,11 @@ class LanguageModel(SequenceLayer, keras.Model):
         """
         sampler = decoding.get_sampler(sampler, temperature, top_k, top_p)
         return decoding.stream(self, prompt_tokens, max_new_tokens, sampler, seed, stop_tokens, mask)
+
+
+def _last_valid(h, mask):
+    """The last valid step of each row of `(b, t, d)`, as `(b, 1, d)`; the first step of a row without one."""
+    if mask is None:
+        return h[:, -1:]
+    last = ops.max(ops.where(mask, ops.arange(ops.shape(h)[1], dtype="int32"), 0), axis=1)
+    return ops.take_along_axis(h, last[:, None, None], axis=1)

@@ -84,8 +84,9 @@ class RecurrentLM(LanguageModel):
     def initial_state(self, batch_size, max_length=None):
         return self.recurrent.initial_state(batch_size)
 
-    def logits(self, tokens, state, mask=None, training=False):
-        x = call_layer(self.embedding, tokens)
-        h, state = self.recurrent.advance(x, state, mask, training)
-        h = self.dropout(h, training=True) if training else h
-        return cast(call_layer(self.embedding, h, reverse=True), self.compute_dtype), state
+    def hidden(self, tokens, state, mask=None, training=False):
+        h, state = self.recurrent.advance(call_layer(self.embedding, tokens), state, mask, training)
+        return self.dropout(h, training=True) if training else h, state
+
+    def logits(self, h):
+        return cast(call_layer(self.embedding, h, reverse=True), self.compute_dtype)

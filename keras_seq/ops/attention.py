@@ -10,7 +10,8 @@ import functools
 import keras
 from keras import ops
 
-from keras_seq.backend import native
+from keras_seq.backend import leaner, native
+from keras_seq.ops.cache import write_one
 
 _NEVER = -1e30  # a finite score, for -inf - -inf is NaN
 
@@ -95,10 +96,33 @@ def attention(
     return (y, weights) if return_weights else y
 
 
+@leaner
+def attention_to_cache(query, key, value, keys, values, before, after, scale=None):
+    """One step of each row, that sees itself and all steps before it; `keras_seq.ops.cache` tells of the buffers.
+
+    Args:
+        query, key, value: `(b, h, 1, d)`, `(b, n, 1, d)` and `(b, n, 1, d')`.
+        keys, values: the buffers, `(b, n, s, d)` and `(b, n, s, d')`.
+        before, after: `(b,)` int32, the number of steps before this one, and with it.
+        scale: as in `attention`.
+
+    Returns:
+        the outputs `(b, h, 1, d')`, and the buffers with the step in them.
+    """
+    keys, values = write_one(keys, key, before), write_one(values, value, before)
+    groups, there = query.shape[1] // keys.shape[1], ops.arange(ops.shape(keys)[2], dtype="int32") < after[:, None]
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = ops.cast(_grouped(query, groups) @ ops.swapaxes(keys, 2, 3), _softmax_dtype(query))
+    weights = ops.softmax(ops.where(there[:, None, None], scores, _NEVER), axis=-1)
+    return _ungrouped(ops.cast(weights, values.dtype) @ values, groups), keys, values
+
+
 def positions(queries, keys, query_positions=None, key_positions=None, lengths=None):
     """Positions `(b or 1, q)` and `(b or 1, k)` int32 of queries and keys, as `attention` reads its arguments."""
     if key_positions is None:
-        key_positions = ops.arange(keys, dtype="int32")[None] if query_positions is None else query_positions
+        known = isinstance(queries, int), isinstance(keys, int)  # a size that is not belongs to a sequence to itself
+        alike = query_positions is not None and (queries == keys if all(known) else not any(known))
+        key_positions = query_positions if alike else ops.arange(keys, dtype="int32")[None]
     if query_positions is None:
         last = keys if lengths is None else lengths[:, None]
         query_positions = ops.arange(queries, dtype="int32")[None] + (last - queries)
