@@ -30,7 +30,7 @@ class Configured(keras.layers.Layer):
     def get_config(self):
         config = {k: keras.saving.serialize_keras_object(v) for k, v in self._arguments.items()}
         quantized = {
-            path: keras.saving.serialize_keras_object(layer.dtype_policy)
+            path: keras.saving.serialize_keras_object(_quantization(layer))
             for path, layer in _sublayers(self)
             if layer.quantization_mode
         }
@@ -41,13 +41,13 @@ class Configured(keras.layers.Layer):
         config = {k: keras.saving.deserialize_keras_object(v) for k, v in config.items()}
         quantized = config.pop("quantized", {})
         layer = cls(**config)
-        for path, policy in quantized.items():
-            _set_policy(layer, [int(i) for i in path.split(".")], policy)
+        for path, quantization in quantized.items():
+            _set_quantization(layer, [int(i) for i in path.split(".")], quantization)
         return layer
 
     def policy_of_next(self):
-        """The dtype policy of a layer that `build` is about to make: this layer's, or the one it was saved with."""
-        return getattr(self, "_policies", {}).get(len(self._layers), self.dtype_policy)
+        """The dtype policy of a layer that `build` is about to make, and how it was quantized if it was saved so."""
+        return getattr(self, "_quantizations", {}).get(len(self._layers), {"dtype": self.dtype_policy})
 
 
 class SequenceLayer(Configured):
@@ -225,7 +225,7 @@ class SequenceLayer(Configured):
 
     def _check_mask(self, mask, x):
         shape, dtype = tuple(mask.shape), dtype_of(mask)
-        if dtype != "bool" or not _matches(shape, tuple(x.shape[:2])):
+        if dtype != "bool" or not matches(shape, tuple(x.shape[:2])):
             raise ValueError(
                 f"{self._title} expects a mask of dtype bool and shape (batch, time) = {tuple(x.shape[:2])}. "
                 f"Received: {dtype} of shape {shape}."
@@ -364,7 +364,8 @@ def _tensor(x):
     return x
 
 
-def _matches(shape, expected):
+def matches(shape, expected):
+    """Whether shapes are equal, as far as both are known."""
     return len(shape) == len(expected) and all(
         a == b or a is None or b is None for a, b in zip(shape, expected, strict=True)
     )
@@ -382,19 +383,27 @@ def _conform(given, expected):
         return tree.pack_sequence_as(expected, [_conform(g, e) for g, e in leaves])
     if isinstance(given, list | tuple) and len(given) == 1:
         (given,) = given
-    if not _matches(tuple(given.shape), tuple(expected.shape)):
+    if not matches(tuple(given.shape), tuple(expected.shape)):
         raise ValueError
     return cast(given, dtype_of(expected))
 
 
-def _set_policy(layer, path, policy):
-    """Sets the dtype policy of the layer at the path; one that `build` will make gets it from `policy_of_next`."""
+def _quantization(layer):
+    """How a layer is quantized, as arguments of its constructor."""
+    config = getattr(layer, "quantization_config", None)
+    return {"dtype": layer.dtype_policy} | ({} if config is None else {"quantization_config": config})
+
+
+def _set_quantization(layer, path, quantization):
+    """Sets how the layer at the path is quantized; one that `build` will make gets it from `policy_of_next`."""
     for i in path:
         if i >= len(layer._layers):
-            object.__setattr__(layer, "_policies", getattr(layer, "_policies", {}) | {i: policy})
+            object.__setattr__(layer, "_quantizations", getattr(layer, "_quantizations", {}) | {i: quantization})
             return
         layer = layer._layers[i]
-    layer.dtype_policy = policy
+    if "quantization_config" in quantization:
+        layer.quantization_config = quantization["quantization_config"]
+    layer.dtype_policy = quantization["dtype"]
 
 
 def _sublayers(layer, path=""):

@@ -178,7 +178,7 @@ class MultiHeadAttention(SequenceLayer):
             self.position.build((None, None, self.key_dim))
 
     def _matrix(self, shape, name, axes=1):
-        return matrix(shape, axes, self.use_bias, **self._matrices, dtype=self.policy_of_next(), name=name)
+        return matrix(shape, axes, self.use_bias, **self._matrices, **self.policy_of_next(), name=name)
 
     @property
     def needs_future(self):

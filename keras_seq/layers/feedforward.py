@@ -70,7 +70,7 @@ class FeedForward(SequenceLayer):
         self.output_dense = self._matrix((hidden_dim, self.output_dim or features), "output_dense")
 
     def _matrix(self, shape, name):
-        return matrix(shape, **self._matrices, dtype=self.policy_of_next(), name=name.removesuffix("_dense"))
+        return matrix(shape, **self._matrices, **self.policy_of_next(), name=name.removesuffix("_dense"))
 
     def advance(self, x, state, mask=None, training=False):
         h = project(self.hidden_dense, x)

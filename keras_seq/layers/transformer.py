@@ -6,12 +6,12 @@ import keras
 from keras import ops
 from keras.src.backend import get_keras_mask
 
-from keras_seq.base import SequenceLayer, _matches, call_layer, cast, dtype_of, random_seed
+from keras_seq.base import SequenceLayer, call_layer, cast, dtype_of, matches, random_seed
 from keras_seq.layers.attention import MultiHeadAttention
 from keras_seq.layers.feedforward import FeedForward
 from keras_seq.layers.prepared import norm_of
 
-_NORMS = {"layer": keras.layers.LayerNormalization, "rms": keras.layers.RMSNormalization}
+NORMS = {"layer": keras.layers.LayerNormalization, "rms": keras.layers.RMSNormalization}
 
 
 class TransformerBlock(SequenceLayer):
@@ -61,10 +61,10 @@ class TransformerBlock(SequenceLayer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if norm not in _NORMS:
-            raise ValueError(f"`norm` must be one of {list(_NORMS)}. Received: norm={norm!r}")
+        if norm not in NORMS:
+            raise ValueError(f"`norm` must be one of {list(NORMS)}. Received: norm={norm!r}")
         self.norm_first, self.dropout = norm_first, dropout
-        self._norm = lambda name: _NORMS[norm](epsilon=epsilon, dtype=self.dtype_policy, name=name)
+        self._norm = lambda name: NORMS[norm](epsilon=epsilon, dtype=self.dtype_policy, name=name)
         self._drop = keras.layers.Dropout(dropout, seed=random_seed())
         self._of_attention = {
             "key_dim": head_dim,
@@ -248,13 +248,13 @@ class TransformerDecoderBlock(TransformerBlock):
         batch_size, size = batch_size if isinstance(batch_size, int) else None, self._memory_size
         if size is None:
             raise ValueError(f"{self._title} must be built before a state with a second sequence is made.")
-        if not _matches(tuple(memory.shape), (batch_size, None, size)):
+        if not matches(tuple(memory.shape), (batch_size, None, size)):
             raise ValueError(
                 f"{self._title} expects a memory of shape (batch, time, features) = ({batch_size}, any, {size}). "
                 f"Received: {tuple(memory.shape)}"
             )
         mask = get_keras_mask(memory) if mask is None else mask
-        if mask is not None and (dtype_of(mask) != "bool" or not _matches(tuple(mask.shape), tuple(memory.shape[:2]))):
+        if mask is not None and (dtype_of(mask) != "bool" or not matches(tuple(mask.shape), tuple(memory.shape[:2]))):
             raise ValueError(
                 f"{self._title} expects a memory_mask of dtype bool and shape (batch, time) = "
                 f"{tuple(memory.shape[:2])}. Received: {dtype_of(mask)} of shape {tuple(mask.shape)}"

@@ -3,6 +3,6 @@
 from keras_seq.models.language_model import LanguageModel as LanguageModel
 from keras_seq.models.recurrent import RecurrentLM as RecurrentLM
 from keras_seq.models.transformer import Transformer as Transformer
-from keras_seq.models.transformer import TransformerLM as TransformerLM
 from keras_seq.models.transformer_encoder import TransformerEncoder as TransformerEncoder
 from keras_seq.models.transformer_encoder import mask_tokens as mask_tokens
+from keras_seq.models.transformer_lm import TransformerLM as TransformerLM

@@ -68,8 +68,7 @@ class EncoderDecoder(LanguageModel):
             source: `(b, s)` tokens; without it the memory is empty, and the state is of no use.
             source_mask: `(b, s)` bool, True = valid; default: where it is not `pad_id`.
         """
-        if not self.built:
-            self.build()
+        self._built()
         if source is None:
             return self.own_state(batch_size, max_length), ()
         with autocast(self):

@@ -62,6 +62,10 @@ class LanguageModel(SequenceLayer, keras.Model):
         logits, state = self(prompt, mask=mask, initial_state=state, return_state=True, training=False, last_only=True)
         return logits[:, 0], state
 
+    def _built(self):
+        if not self.built:  # which must not happen while a function is traced
+            self.build((None, None))
+
     def step_valid(self, token, state):
         """As `step`, for tokens `(b,)` none of which is padding, whatever their id: without the cost of a mask."""
         with autocast(self):
@@ -165,6 +169,7 @@ class LanguageModel(SequenceLayer, keras.Model):
         Raises: ValueError for an empty prompt, a token outside of the vocabulary, arguments out of range.
         """
         sampler = decoding.get_sampler(sampler, temperature, top_k, top_p)
+        self._built()
         return decoding.generate(self, prompt_tokens, max_new_tokens, sampler, seed, stop_tokens, mask)
 
     def stream(
@@ -185,6 +190,7 @@ class LanguageModel(SequenceLayer, keras.Model):
         Returns: an iterator of ints for a prompt `(t,)`, else of arrays `(b,)`.
         """
         sampler = decoding.get_sampler(sampler, temperature, top_k, top_p)
+        self._built()
         return decoding.stream(self, prompt_tokens, max_new_tokens, sampler, seed, stop_tokens, mask)
 
 

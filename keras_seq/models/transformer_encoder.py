@@ -6,11 +6,11 @@ from keras import ops
 from keras.src.backend import get_keras_mask, set_keras_mask
 
 from keras_seq import initializers
-from keras_seq.base import SequenceLayer, _matches, call_layer, cast, dtype_of, random_seed
+from keras_seq.base import SequenceLayer, call_layer, cast, dtype_of, matches, random_seed
 from keras_seq.layers import RelativePositionBias, TransformerEncoderBlock
 from keras_seq.layers.dense import project
-from keras_seq.layers.transformer import _NORMS
-from keras_seq.models.transformer import encoding
+from keras_seq.layers.transformer import NORMS
+from keras_seq.models.transformer_parts import checkpointed, encoding
 from keras_seq.ops import segment_positions
 
 _HEADS = (None, "masked_lm", "classifier")
@@ -128,11 +128,6 @@ class TransformerEncoder(SequenceLayer, keras.Model):
             raise ValueError(
                 f"`num_heads` must divide d_model={d_model}, or head_dim be given. Received: num_heads={num_heads}"
             )
-        if checkpoint and (dropout or attention_dropout):
-            raise ValueError(
-                "`checkpoint` computes the blocks twice, and dropout would draw twice: give one of them. Received: "
-                f"checkpoint={checkpoint!r}, dropout={dropout!r}, attention_dropout={attention_dropout!r}"
-            )
         self.vocab_size, self.d_model, self.num_token_types = vocab_size, d_model, num_token_types
         self.head, self.num_classes, self.return_sequences = head, num_classes, not classifies
         self.norm_first, self.dropout, self.checkpoint, self.pad_id = norm_first, dropout, checkpoint, pad_id
@@ -177,11 +172,11 @@ class TransformerEncoder(SequenceLayer, keras.Model):
             )
             for i in range(num_layers)
         ]
-        self.norm = _NORMS[norm](epsilon=epsilon, dtype=policy, name="norm")
+        self.norm = NORMS[norm](epsilon=epsilon, dtype=policy, name="norm")
         self.pooler = self.classifier = self.head_dense = self.head_norm = None
         if head == "masked_lm":
             self.head_dense = keras.layers.Dense(d_model, kernel_initializer=_normal(), dtype=policy, name="head_dense")
-            self.head_norm = _NORMS[norm](epsilon=epsilon, dtype=policy, name="head_norm")
+            self.head_norm = NORMS[norm](epsilon=epsilon, dtype=policy, name="head_norm")
         elif pooler:
             self.pooler = keras.layers.Dense(
                 d_model, "tanh", kernel_initializer=_normal(), trainable=classifies, dtype=policy, name="pooler"
@@ -306,7 +301,7 @@ class TransformerEncoder(SequenceLayer, keras.Model):
         """Integers `(b, t)`, as int32."""
         if name == "token_types" and self.token_type is None:
             raise ValueError(f"{self._title} takes no token_types: it has num_token_types={self.num_token_types}.")
-        if "int" not in dtype_of(ids) or not _matches(tuple(ids.shape), tuple(tokens.shape)):
+        if "int" not in dtype_of(ids) or not matches(tuple(ids.shape), tuple(tokens.shape)):
             raise ValueError(
                 f"{self._title} expects integer {name} of shape (batch, time) = {tuple(tokens.shape)}. "
                 f"Received: {dtype_of(ids)} of shape {tuple(ids.shape)}"
@@ -338,7 +333,7 @@ class TransformerEncoder(SequenceLayer, keras.Model):
         def run(x):
             return block.advance(x, (), mask, training, segments=segments)[0]
 
-        return keras.remat(run)(x) if training and self.checkpoint else run(x)
+        return (checkpointed(block, run) if training and self.checkpoint else run)(x)
 
 
 def mask_tokens(tokens, mask_id, vocab_size, rate=0.15, special_ids=(), seed=None, pad_id=0):

@@ -49,4 +49,6 @@ def product(kernel, bias=None, rows=None, steps=1):
 def heads_of(y, counts, size):
     """`(b, n)` cut into heads: for each of the counts `(b, count, 1, size)`."""
     heads = ops.reshape(y, (-1, sum(counts), 1, size))
+    if len(counts) == 1:
+        return (heads,)
     return ops.split(heads, [sum(counts[:i]) for i in range(1, len(counts))], axis=1)
