@@ -39,9 +39,10 @@ test: lint
 	printf "$$summary"; exit $$status
 
 bench: .venv/installed
-	@for backend in $(BACKENDS); do \
-		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/recurrent.py $(BENCH_ARGS) || exit 1; \
-	done
+	@for backend in $(BACKENDS); do for script in recurrent attention training decoding; do \
+		echo "== $$script, $$backend"; \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$script.py $(BENCH_ARGS) || exit 1; \
+	done; done
 
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -93,7 +93,7 @@ def block_weights(weights, i, heads):
 # Contenders: functions of weights, a size and prompts, that give a function of a number of new tokens, which gives them
 
 
-def ours(weights, size, prompt):
+def our_model(weights, size):
     model = keras_seq.models.TransformerLM(
         size.vocab_size, size.d_model, size.layers, size.heads, max_length=size.positions, pad_id=None
     )
@@ -107,6 +107,11 @@ def ours(weights, size, prompt):
         _assign(block.attention_norm, its["ln_1"])
         _assign(block.feedforward_norm, its["ln_2"])
         _assign(block.feedforward, its["mlp.c_fc"] + its["mlp.c_proj"])
+    return model
+
+
+def ours(weights, size, prompt):
+    model = our_model(weights, size)
     return lambda new: model.generate(prompt, new)
 
 
@@ -116,8 +121,8 @@ def _assign(layer, arrays):
         weight.assign(array)
 
 
-def keras_hub(weights, size, prompt):
-    from keras_hub.models import GPT2Backbone, GPT2CausalLM
+def hub_backbone(weights, size):
+    from keras_hub.models import GPT2Backbone
 
     backbone = GPT2Backbone(
         size.vocab_size,
@@ -138,7 +143,13 @@ def keras_hub(weights, size, prompt):
         block._feedforward_layer_norm.set_weights(its["ln_2"])
         block._feedforward_intermediate_dense.set_weights(its["mlp.c_fc"])
         block._feedforward_output_dense.set_weights(its["mlp.c_proj"])
-    model = GPT2CausalLM(backbone, preprocessor=None)
+    return backbone
+
+
+def keras_hub(weights, size, prompt):
+    from keras_hub.models import GPT2CausalLM
+
+    model = GPT2CausalLM(hub_backbone(weights, size), preprocessor=None)
     model.compile(sampler="greedy")
     batch, length = prompt.shape
     # One capacity for all runs, as a compiled function is made for each: it stops where the prompt's mask says so.

@@ -7,6 +7,8 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Each test compiles for a few calls only: XLA need not spend time on machine code that runs fast.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # PyTorch comes before TensorFlow, which Keras imports on every backend when it saves: the other order may crash.
 if importlib.util.find_spec("torch"):

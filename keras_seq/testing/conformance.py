@@ -38,9 +38,11 @@ def check_layer(make_layer, inputs=None, tolerance=2e-6, checks=None):
 
         check_layer(lambda: keras_seq.layers.GRU(4), checks=CHECKS[:1])  # the first only; leave it out for all
     """
+    case = None
     for check in CHECKS if checks is None else checks:
         try:
-            check(_Case(make_layer, inputs, tolerance))
+            case = _Case(make_layer, inputs, tolerance) if case is None else case
+            check(case)
         except AssertionError as error:
             raise AssertionError(f"{check.__name__}: {error}") from error
         except Exception as error:
@@ -126,12 +128,21 @@ class _Case:
         is_float = ["float" in keras.backend.standardize_dtype(leaf.dtype) for leaf in leaves]
         floats = [leaf for leaf, chosen in zip(leaves, is_float, strict=True) if chosen]
         fixed = [leaf for leaf, chosen in zip(leaves, is_float, strict=True) if not chosen]
+        key = id(layer), mask is None, tuple(lengths or ())
+        if key not in self.compiled:
+            self.compiled[key] = layer, self._gradients(layer, (x, state), is_float, lengths)
+        mask = () if mask is None else (ops.convert_to_tensor(mask),)
+        (y, last), d_weights, d_floats = self.compiled[key][1](floats, fixed, *mask)
+        return _numpy({"y": y, "state": last, "d_weights": list(d_weights), "d_floats": d_floats})
+
+    def _gradients(self, layer, inputs, is_float, lengths):
+        """The compiled gradients of a sum over the valid outputs and the last state."""
 
         def loss(floats, fixed, mask=None):
             kinds = iter(floats), iter(fixed)
             leaves = [next(kinds[0 if chosen else 1]) for chosen in is_float]
-            x_again, state_again = tree.pack_sequence_as((x, state), leaves)
-            y, last = self.run(layer, x_again, state_again, mask, lengths)
+            x, state = tree.pack_sequence_as(inputs, leaves)
+            y, last = self.run(layer, x, state, mask, lengths)
             shown = y
             if mask is not None and layer.return_sequences:
                 shown = ops.where(ops.reshape(mask, (*mask.shape, *(1,) * (len(y.shape) - 2))), y, ops.zeros_like(y))
@@ -140,9 +151,7 @@ class _Case:
                 total = total + ops.sum(ops.square(ops.cast(leaf, "float32")))
             return total, (y, last)
 
-        mask = () if mask is None else (ops.convert_to_tensor(mask),)
-        (y, last), d_weights, d_floats = backend.current().gradients(loss, layer)(floats, fixed, *mask)
-        return _numpy({"y": y, "state": last, "d_weights": list(d_weights), "d_floats": d_floats})
+        return backend.current().gradients(loss, layer)
 
     def near(self, got, expected, what, tolerance=None):
         """Equal within the tolerance, relative to the largest value of its group: noise on a 0 does not count."""
@@ -332,8 +341,8 @@ def check_quantized(case):
         except ValueError as error:  # a layer without anything to quantize
             assert "quantize" in str(error), error
             return
-        y = model(case.x)
-        case.near(_saved_and_loaded(model)(case.x), y, "quantized, saved and loaded", 1e-12)
+        y, again = (_outputs(m, case.x) for m in (model, _saved_and_loaded(model)))
+        case.near(again, y, "quantized, saved and loaded", 1e-12)
 
 
 def check_fit(case):
@@ -422,10 +431,16 @@ def _saved_and_loaded(model):
         return keras.saving.load_model(path)
 
 
+def _outputs(model, x):
+    """Those of a model, compiled: eager JAX compiles each call of a quantized layer."""
+    return backend.current().compiled(lambda x: model(x), model)(ops.convert_to_tensor(x))
+
+
 def _numpy(x):
     def convert(v):
         v = np.asarray(v if isinstance(v, np.ndarray) else ops.convert_to_numpy(v))
-        return v if v.dtype.kind in "biu" else v.astype("float64" if v.dtype == "float64" else "float32")
+        v = v.astype("int32") if v.dtype == bool else v
+        return v if v.dtype.kind in "iu" else v.astype("float64" if v.dtype == "float64" else "float32")
 
     return tree.map_structure(convert, x)
 

@@ -288,7 +288,6 @@ def test_errors():
     refused(lambda: tiny(num_classes=2), "num_classes", "None")
     refused(lambda: tiny(position="absolute"), "position", "absolute")
     refused(lambda: tiny(norm="batch"), "norm", "batch")
-    refused(lambda: tiny(checkpoint=True, dropout=0.1), "checkpoint", "dropout")
     refused(lambda: tiny(pad_id=VOCAB), "pad_id", "40")
     refused(lambda: tiny(stateful=True), "stateful", "after")
     refused(lambda: models.TransformerEncoder(VOCAB, 25, 1, 4), "num_heads", "25")

@@ -164,7 +164,6 @@ def test_errors():
     refused(lambda: models.TransformerLM(VOCAB, 25, 1, 4).build((None, None)), "num_heads", "25")
     refused(lambda: models.TransformerLM(VOCAB, D, 0, 4), "num_layers")
     refused(lambda: models.TransformerLM(VOCAB, D, 1, 4, position="absolute"), "position", "absolute")
-    refused(lambda: models.TransformerLM(VOCAB, D, 1, 4, checkpoint=True, dropout=0.1), "checkpoint", "dropout")
     model = models.TransformerLM(VOCAB, D, 1, 4, max_length=8)
     refused(lambda: model(np.ones((1, 9), "int32")), "8", "9")
 
