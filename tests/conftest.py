@@ -9,6 +9,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Each test compiles for a few calls only: XLA need not spend time on machine code that runs fast.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# What one worker of JAX has compiled the other need not, nor the next run.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # PyTorch comes before TensorFlow, which Keras imports on every backend when it saves: the other order may crash.
 if importlib.util.find_spec("torch"):
