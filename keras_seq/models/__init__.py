@@ -1,5 +1,6 @@
 """Models: arguments in, a `keras.Model` out that fits, saves, streams and generates."""
 
+from keras_seq.models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from keras_seq.models.language_model import LanguageModel as LanguageModel
 from keras_seq.models.recurrent import RecurrentLM as RecurrentLM
 from keras_seq.models.transformer import Transformer as Transformer
