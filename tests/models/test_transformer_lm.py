@@ -170,7 +170,9 @@ def test_errors():
 
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="operators are counted on PyTorch")
 def test_few_operators_per_token():
-    """At most 300 calls of PyTorch operators for a token and 6 layers: what is left of speed when sizes are small."""
+    """What is left of speed when sizes are small: for 6 layers at most 300 calls of PyTorch operators a token, 150 in a
+    generation, which looks up the weights once.
+    """
     torch = pytest.importorskip("torch")
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -185,7 +187,8 @@ def test_few_operators_per_token():
     with torch.no_grad(), backend.current().owned_state():
         _, state = model(np.ones((1, 4), "int32"), initial_state=model.initial_state(1, 16), return_state=True)
         token = ops.ones((1,), "int32")
-        _, state = model.step_valid(token, state)
-        with Count() as count:
-            model.step_valid(token, state)
-    assert count.calls <= 300
+        for step, most in ((model.step_valid, 300), (model.stepper(1, 64), 150)):
+            _, state = step(token, state)
+            with Count() as count:
+                step(token, state)
+            assert count.calls <= most
