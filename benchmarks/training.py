@@ -1,6 +1,6 @@
 """How fast does a Transformer train by `fit`? Against a training loop by hand, and against keras-hub.
 
-    KERAS_BACKEND=torch python benchmarks/training.py [--quick] [--json FILE]
+    KERAS_BACKEND=torch python benchmarks/training.py [--quick] [--only NAME] [--json FILE]
 
 On one thread of one core. The loop by hand is what a user of the framework writes: torch.nn.functional, torch.optim on
 PyTorch, flax.nnx and optax on JAX (left out without them). All contenders begin with the same weights and must have the
@@ -188,8 +188,11 @@ def race(size, batch, time, steps=4, rounds=7):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument("--only", metavar="NAME", default="", help="nothing, if NAME is not in 'fit step'")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
+    if args.only not in "fit step":
+        return []
     timing.show()
     results = race(decoding.TINY, 2, 8, rounds=2) if args.quick else race(decoding.FULL, 2, 256)
     timing.show(results)
