@@ -40,7 +40,7 @@ def generate(model, prompt_tokens, max_new_tokens, sampler, seed=None, stop_toke
         model: see the top of this file.
         prompt_tokens: token ids: `(t,)`, `(b, t)`, or a list of lists of any lengths.
         max_new_tokens: number of tokens, >= 1.
-        sampler: a function `(logits, u) -> token`, see `get_sampler`.
+        sampler: a function `(logits, u) -> token`, see `get_sampler`; JAX and TensorFlow (by XLA) compile it.
         seed: integer; the same seed and `max_new_tokens` give the same tokens on one backend. None draws one.
         stop_tokens: a row ends after one of these.
         mask: `(b, t)` bool of the prompt, True = valid, any pattern; default: where it is not `pad_id`.
