@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+_FEW = 16  # queries, as in decoding: nothing to gain, and the weights are small
 _UNSEEN = -1e30  # the score of a key that is not seen
 _LEAST = -1e29  # no maximum of scores is below it, so the weights of a query that sees no key are exp(-9e29) = 0
 
@@ -48,6 +49,22 @@ class Part(NamedTuple):
     first: int
     step: int
     sinks: int
+
+
+def refused(query, key, value, attention_mask=None, bias=None, dropout=None, return_weights=False, **_):
+    """Why a call of `keras_seq.ops.attention` cannot be run in blocks, or None."""
+    if return_weights:
+        return "the weights are asked for, which are never there as a whole"
+    if dropout is not None:
+        return "dropout of the weights, which are never there as a whole"
+    if attention_mask is not None or bias is not None:
+        return "an attention mask or a bias of queries times keys, which is as large as the weights"
+    queries, keys = query.shape[2], key.shape[2]
+    if not isinstance(queries, int) or not isinstance(keys, int):
+        return "the number of queries or keys is not known while compiling"
+    if queries <= _FEW:
+        return f"{queries} queries of {keys} keys are so few that the definition is as fast"
+    return None
 
 
 def prepared(

@@ -11,26 +11,10 @@ import jax.numpy as jnp
 
 from keras_seq.backend import blocks, refuses
 
-_FEW = 16  # queries, as in decoding: nothing to gain, and the weights are small
 _BLOCK, _PARTS = 128, 8  # of `blocks.prepared`; at 2048 steps faster than whole pieces, and compiled in half the time
 
 
-def _refused(query, key, value, attention_mask=None, bias=None, dropout=None, return_weights=False, **_):
-    if return_weights:
-        return "the weights are asked for, which are never there as a whole"
-    if dropout is not None:
-        return "dropout of the weights, which are never there as a whole"
-    if attention_mask is not None or bias is not None:
-        return "an attention mask or a bias of queries times keys, which is as large as the weights"
-    queries, keys = query.shape[2], key.shape[2]
-    if not isinstance(queries, int) or not isinstance(keys, int):
-        return "the number of queries or keys is not known while compiling"
-    if queries <= _FEW:
-        return f"{queries} queries of {keys} keys are so few that the definition is as fast"
-    return None
-
-
-@refuses(_refused)
+@refuses(blocks.refused)
 def attention(query, key, value, *, attention_mask=None, bias=None, dropout=None, return_weights=False, **structure):
     structure = {name: x for name, x in structure.items() if x is not None}
     if _for_cudnn(query, key, value, **structure):

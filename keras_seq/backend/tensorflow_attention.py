@@ -7,26 +7,10 @@ import tensorflow as tf
 
 from keras_seq.backend import blocks, refuses
 
-_FEW = 16  # queries, as in decoding: nothing to gain, and the weights are small
 _BLOCK, _PARTS = 128, 16  # of `blocks.prepared`; a loop is slower than its blocks one by one, twice the size is not
 
 
-def _refused(query, key, value, attention_mask=None, bias=None, dropout=None, return_weights=False, **_):
-    if return_weights:
-        return "the weights are asked for, which are never there as a whole"
-    if dropout is not None:
-        return "dropout of the weights, which are never there as a whole"
-    if attention_mask is not None or bias is not None:
-        return "an attention mask or a bias of queries times keys, which is as large as the weights"
-    queries, keys = query.shape[2], key.shape[2]
-    if not isinstance(queries, int) or not isinstance(keys, int):
-        return "the number of queries or keys is not known while compiling"
-    if queries <= _FEW:
-        return f"{queries} queries of {keys} keys are so few that the definition is as fast"
-    return None
-
-
-@refuses(_refused)
+@refuses(blocks.refused)
 @tf.autograph.experimental.do_not_convert
 def attention(query, key, value, *, attention_mask=None, bias=None, dropout=None, return_weights=False, **structure):
     (_, h, q, _), n = query.shape, key.shape[1]
