@@ -8,13 +8,18 @@ from keras_seq.backend.torch_attention import _fused, attention, extent, write_o
 _MANY = 32  # steps from which on it pays to lay out a matrix anew: that costs as much as about 10 products with it
 _LARGEST = 2**27  # bytes; larger matrices are not laid out anew, so that a large model needs no memory for a second one
 
+# Operators of PyTorch's compiler, not of its public interface: without them the plain product runs.
+_PACKS = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+)
+
 
 def product(kernel, bias=None, rows=None, steps=1):
     features, packed = len(kernel), None
     lay_out = rows is not None and steps >= _MANY and kernel.device.type == "cpu" and kernel.nbytes <= _LARGEST
     if lay_out and rows == 1:  # a product with one row is faster along the longer axis of the matrix
         kernel = kernel.contiguous() if kernel.shape[1] >= features else kernel.t().contiguous().t()
-    elif lay_out and torch.backends.mkldnn.is_available() and kernel.dtype == torch.float32:
+    elif lay_out and _PACKS and kernel.dtype == torch.float32:
         packed = torch.ops.mkldnn._reorder_linear_weight(kernel.detach().t().contiguous(), rows)
 
     def apply(x):
