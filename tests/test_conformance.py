@@ -58,7 +58,8 @@ class OnSource(SequenceLayer):
         return self.decoder.initial_state(batch_size, max_length, rows)
 
     def fresh_state(self, batch_size):
-        return self.decoder.fresh_state(batch_size)[0], self.initial_state(batch_size, 1)[1]
+        own, memory = self.initial_state(batch_size, 1)
+        return self.decoder.fresh_state(batch_size)[0] or own, memory
 
     def state_spec(self, batch_size):
         return self.decoder.state_spec(batch_size)
@@ -69,6 +70,8 @@ class OnSource(SequenceLayer):
     def compute_output_shape(self, input_shape):
         return self.decoder.compute_output_shape(input_shape)
 
+
+MEMORY = np.random.default_rng(1).normal(size=(5, 8)).astype("float32").tolist()
 
 LAYERS = {
     "SimpleRNN": lambda: layers.SimpleRNN(5, return_sequences=True),
@@ -117,12 +120,20 @@ LAYERS = {
     "MultiHeadAttention buckets": lambda: layers.MultiHeadAttention(
         2, 4, causal=True, window=2, position="t5", soft_cap=5.0, use_gate=True, use_bias=False
     ),
+    "AdditiveAttention on a source": lambda: OnSource(layers.AdditiveAttention(5, normalize=True), MEMORY),
+    "CoverageAttention on a source": lambda: OnSource(layers.CoverageAttention(5), MEMORY),
+    "MonotonicAttention on a source": lambda: OnSource(layers.MonotonicAttention(5, noise=0.5), MEMORY),
+    "DotAttention on a source": lambda: OnSource(layers.DotAttention("general", window=2), MEMORY),
     "FeedForward": lambda: layers.FeedForward(16, "swiglu"),
     "TransformerEncoderBlock": lambda: layers.TransformerEncoderBlock(2, 12, norm_first=False, dropout=0.1),
     "TransformerDecoderBlock": lambda: layers.TransformerDecoderBlock(
         2, 12, activation="geglu", norm="rms", position="rotary", num_kv_heads=1, max_length=40
     ),
     "Transformer on a source": lambda: OnSource(models.Transformer(9, 11, 8, 1, 2, max_length=40), [3, 5, 7, 0, 0]),
+    "Seq2Seq on a source": lambda: OnSource(models.Seq2Seq(9, 11, 8, dropout=0.1), [3, 5, 7, 0, 0]),
+    "Seq2Seq at once on a source": lambda: OnSource(
+        models.Seq2Seq(9, 11, 8, cell="gru", attention="concat", input_feeding=False), [3, 5, 7, 0, 0]
+    ),
     "TransformerLM": lambda: models.TransformerLM(11, 8, num_layers=2, num_heads=2, max_length=40),
     "TransformerLM rotary": lambda: models.TransformerLM(
         11, 8, 1, 2, position="rotary", norm="rms", activation="swiglu", use_bias=False, num_kv_heads=1, window=4
@@ -141,6 +152,10 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_conformance(name):
-    # A source belongs to a batch: what is decoded on one cannot be stateful.
-    checks = [check for check in CHECKS if not ("source" in name and check.__name__ == "check_stateful")]
+    left_out = set()
+    if "source" in name:  # it belongs to a batch: what is decoded on one cannot be stateful
+        left_out.add("check_stateful")
+    if "Monotonic" in name or "Dot" in name:  # a rounded score may stop the reader, or begin the window, elsewhere
+        left_out.add("check_precision")
+    checks = [check for check in CHECKS if check.__name__ not in left_out]
     check_layer(LAYERS[name], tolerance=1e-5 if "Attention" in name or "Transformer" in name else 2e-6, checks=checks)

@@ -1,5 +1,9 @@
 """Layers over time."""
 
+from keras_seq.layers.alignment import AdditiveAttention as AdditiveAttention
+from keras_seq.layers.alignment import CoverageAttention as CoverageAttention
+from keras_seq.layers.alignment import DotAttention as DotAttention
+from keras_seq.layers.alignment import MonotonicAttention as MonotonicAttention
 from keras_seq.layers.attention import MultiHeadAttention as MultiHeadAttention
 from keras_seq.layers.bidirectional import Bidirectional as Bidirectional
 from keras_seq.layers.cells import LayerNormLSTMCell as LayerNormLSTMCell

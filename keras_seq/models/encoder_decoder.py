@@ -1,10 +1,14 @@
 """What every model of a target sequence given a source sequence shares."""
 
 import keras
-from keras import ops
+import numpy as np
+from keras import ops, tree
 
-from keras_seq.base import autocast
-from keras_seq.models.language_model import LanguageModel
+from keras_seq import backend
+from keras_seq.base import autocast, random_seed
+from keras_seq.decoding.sampling import draw
+from keras_seq.models.language_model import LanguageModel, check_tokens
+from keras_seq.models.scheduled_sampling import get_schedule
 
 
 class EncoderDecoder(LanguageModel):
@@ -23,14 +27,26 @@ class EncoderDecoder(LanguageModel):
         start_id: the target token before the first.
         label_smoothing: in training, this part of the probability of the targets goes to all tokens alike (only of the
             loss without one in `compile`).
+        scheduled_sampling: in training, how often the decoder sees the true token before, and not one that it draws
+            itself: a probability, or a function of the train step such as `InverseSigmoidSampling(k)`; None for always.
         pad_id: the id that is padding in sources and targets where no mask is given; None if there is none.
         **kwargs: those of `keras.Model`.
 
     A subclass writes `memory(source, mask, training)`, `hidden(tokens, state, mask, training)` from a state
-    `(own, memory)`, `logits(h)`, `own_state(batch_size, max_length)`, its `fresh_state` and `state_spec`, and `build`.
+    `(own, memory)`, `logits(h)`, `own_state(batch_size, max_length, memory)`, its `fresh_state` and `state_spec`, and
+    `build`.
     """
 
-    def __init__(self, source_vocab_size, target_vocab_size, start_id=1, label_smoothing=0.0, pad_id=0, **kwargs):
+    def __init__(
+        self,
+        source_vocab_size,
+        target_vocab_size,
+        start_id=1,
+        label_smoothing=0.0,
+        pad_id=0,
+        scheduled_sampling=None,
+        **kwargs,
+    ):
         super().__init__(target_vocab_size, pad_id, **kwargs)
         if source_vocab_size < 1:
             raise ValueError(
@@ -46,13 +62,17 @@ class EncoderDecoder(LanguageModel):
         if self.stateful:
             raise ValueError(f"{self._title} does not take stateful=True: each target has a source of its own.")
         self.source_vocab_size, self.start_id, self.label_smoothing = source_vocab_size, start_id, label_smoothing
+        self.scheduled_sampling = get_schedule(scheduled_sampling)
+        if self.scheduled_sampling is not None:
+            self.seed_generator = keras.random.SeedGenerator(random_seed())
+            self.train_steps = self.add_weight((), "zeros", "int32", trainable=False, name="train_steps")
 
     def memory(self, source, mask=None, training=False):
         """What the decoder has to know of sources `(b, s)`: a pytree whose leaves are `(b, ...)`."""
         raise NotImplementedError
 
-    def own_state(self, batch_size, max_length=None):
-        """The decoder's state before the first token, but for the memory."""
+    def own_state(self, batch_size, max_length=None, memory=None):
+        """The decoder's state before the first token, but for the memory, from which it may start."""
         raise NotImplementedError
 
     @property
@@ -73,7 +93,8 @@ class EncoderDecoder(LanguageModel):
             return self.own_state(batch_size, max_length), ()
         with autocast(self):
             source = ops.convert_to_tensor(source)
-            return self.own_state(batch_size, max_length), self._memory_of(source, source_mask, False)
+            memory = self._memory_of(source, source_mask, False)
+            return self.own_state(batch_size, max_length, memory), memory
 
     def _memory_of(self, source, mask, training):
         if len(source.shape) != 2:
@@ -107,8 +128,10 @@ class EncoderDecoder(LanguageModel):
         source_mask, mask = (None, mask) if mask is None or hasattr(mask, "shape") else _pair(mask)
         memory = self._memory_of(source, source_mask, bool(training))
         if return_state:
-            state = self.own_state(ops.shape(target)[0], max_length), memory
+            state = self.own_state(ops.shape(target)[0], max_length, memory), memory
             return super().call(target, mask, state, return_state, training, last_only)
+        if training and self.scheduled_sampling is not None:
+            target = self._sampled(target, mask, memory)
         return super().call(target, mask, None, False, training, last_only, memory=memory)
 
     def prefill(self, prompt, mask, new):
@@ -150,6 +173,94 @@ class EncoderDecoder(LanguageModel):
             x = x, ops.concatenate([start, y[:, :-1]], axis=1)
         return x, y, sample_weight
 
+    def _sampled(self, target, mask, memory):
+        """Decoder inputs `(b, t)` some of whose tokens are the model's own."""
+        mask = self.compute_mask(target, mask)
+        probability = self.scheduled_sampling(self.train_steps.value)
+        self.train_steps.assign_add(1)
+        shape = ops.shape(target)
+        own = keras.random.uniform(shape, seed=self.seed_generator) >= probability
+        own = ops.logical_and(own, ops.arange(shape[1])[None] > 0)  # nothing is guessed before the first step
+        own = own if mask is None else ops.logical_and(own, mask)
+        u = keras.random.uniform(shape, seed=self.seed_generator)
+        memory = tree.map_structure(ops.stop_gradient, memory)
+        return self.with_guesses(ops.cast(target, "int32"), own, u, mask, memory)
+
+    def with_guesses(self, target, own, u, mask, memory):
+        """`target` `(b, t)`, but where `own` a token that the model draws after the tokens before.
+
+        Here in two passes over all steps at once: the guesses follow from the true tokens (Mihaylova & Martins 2019,
+        arXiv:1906.07651). A model whose steps follow one another anyway guesses from what it guessed (Bengio et al.
+        2015).
+        """
+        h, _ = self.hidden(target, self.fresh_state(ops.shape(target)[0]), mask, memory=memory)
+        guess = self.drawn(self.logits(h), u)
+        return ops.where(own, ops.concatenate([target[:, :1], guess[:, :-1]], axis=1), target)
+
+    def drawn(self, logits, u):
+        """Tokens drawn from logits `(..., v)` by u `(...)`, none of them padding."""
+        p = ops.softmax(ops.cast(logits, "float32"))
+        if self.pad_id is not None:
+            p = p * ops.cast(ops.arange(self.vocab_size) != self.pad_id, p.dtype)
+        tokens = draw(ops.reshape(p, (-1, self.vocab_size)), ops.reshape(u, (-1,)))
+        return ops.stop_gradient(ops.reshape(tokens, ops.shape(u)))
+
+    def alignment(self, source, target, source_mask=None):
+        """How much each target token looked at each source token when it was to be written.
+
+        Args:
+            source: `(b, s)` tokens, or `(s,)`.
+            target: `(b, t)` tokens as `fit` takes them and `generate` gives them, or `(t,)`.
+            source_mask: `(b, s)` bool, True = valid; default: where it is not `pad_id`.
+
+        Returns: NumPy array `(b, t, s)`, or `(t, s)`; rows of padding are 0.
+
+        Raises: ValueError if the model has no attention, or there is a token outside of the vocabulary.
+        """
+        self._built()
+        source, target = (np.asarray(ops.convert_to_numpy(tokens)) for tokens in (source, target))
+        single = source.ndim == 1
+        source, target = (source[None], target[None]) if single else (source, target)
+        self._check_tokens(source, target)
+        if self.pad_id is not None and source_mask is None:
+            source_mask = source != self.pad_id
+        mask = np.ones(source.shape, bool) if source_mask is None else np.reshape(source_mask, source.shape)
+        if "_alignment_of" not in self.__dict__:
+            self.__dict__["_alignment_of"] = backend.current().compiled(self._alignment, self)
+        given = (ops.convert_to_tensor(v, d) for v, d in ((source, "int32"), (target, "int32"), (mask, "bool")))
+        weights = ops.convert_to_numpy(self._alignment_of(*given))
+        return weights[0] if single else weights
+
+    def _alignment(self, source, target, source_mask):
+        memory = self._memory_of(source, source_mask, False)
+        inputs = ops.concatenate([ops.full_like(target[:, :1], self.start_id), target[:, :-1]], axis=1)
+        state = self.fresh_state(ops.shape(target)[0])
+        _, _, weights = self.aligned(inputs, state, self.compute_mask(inputs), memory=memory)
+        if weights is None:
+            raise ValueError(f"{self._title} has no attention, and so no alignment.")
+        weights = ops.cast(weights, "float32")
+        return weights if self.pad_id is None else ops.where((target != self.pad_id)[..., None], weights, 0.0)
+
+    def aligned(self, tokens, state, mask=None, training=False, memory=None):
+        """As `hidden`, and the weights `(b, t, s)` by which each step looks at the source; None if it does not."""
+        raise NotImplementedError
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        """As in Keras: sources and targets `(b, t)`, or a dataset of such pairs."""
+        self._check_tokens(x, y)
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        """As in Keras: sources and targets `(b, t)`, or a dataset of such pairs."""
+        self._check_tokens(x, y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def _check_tokens(self, x, y):
+        source, target = (x, y) if _pair(x)[0] is None else _pair(x)
+        check_tokens("The source", source, self.source_vocab_size)
+        for tokens in (target, y):
+            check_tokens("The target", tokens, self.vocab_size)
+
     def _compared(self, x, y, y_pred):
         return y, y_pred, None if self.pad_id is None else y != self.pad_id
 
@@ -165,4 +276,4 @@ def _pair(x):
     """`(source, target)` of the inputs of a call; the source is None if they are the target alone."""
     if isinstance(x, dict):
         return x["source"], x["target"]
-    return tuple(x) if isinstance(x, list | tuple) else (None, x)
+    return tuple(x) if isinstance(x, list | tuple) and len(x) == 2 else (None, x)

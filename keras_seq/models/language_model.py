@@ -1,6 +1,7 @@
 """What every model of the next token shares."""
 
 import keras
+import numpy as np
 from keras import ops
 from keras.src.backend import set_keras_mask
 
@@ -93,6 +94,7 @@ class LanguageModel(SequenceLayer, keras.Model):
 
     def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
         """As in Keras; without `y` the targets are the next tokens."""
+        check_tokens("The input", x, self.prompt_vocab_size)
         x, y = self._with_targets(x, y, sample_weight)
         return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
 
@@ -200,3 +202,11 @@ def _last_valid(h, mask):
         return h[:, -1:]
     last = ops.max(ops.where(mask, ops.arange(ops.shape(h)[1], dtype="int32"), 0), axis=1)
     return ops.take_along_axis(h, last[:, None, None], axis=1)
+
+
+def check_tokens(title, tokens, vocab_size):
+    """Raises ValueError for token ids outside of the vocabulary, as far as they are at hand in a NumPy array."""
+    if isinstance(tokens, np.ndarray) and tokens.size and tokens.dtype.kind in "iu":
+        low, high = tokens.min(), tokens.max()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"Tokens must be from 0 to {vocab_size - 1}. {title} has {low} to {high}.")

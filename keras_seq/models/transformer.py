@@ -176,7 +176,7 @@ class Transformer(EncoderDecoder):
             x, state = position.advance(x, state, mask)
         return self._drop(x, training=True) if training and self.dropout else x, state
 
-    def own_state(self, batch_size, max_length=None):
+    def own_state(self, batch_size, max_length=None, memory=None):
         max_length = self.max_length if max_length is None else max_length
         return self._own(lambda part: part.initial_state(batch_size, max_length))
 

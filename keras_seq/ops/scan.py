@@ -38,7 +38,7 @@ def masked_scan(step, state, xs, mask=None, read=first):
         read: the output of a step, read from the state after it: at a padded step it is that of the state kept.
 
     Returns:
-        the outputs `(b, t, ...)`, and the last state.
+        the outputs, a pytree of `(b, t, ...)`, and the last state.
     """
 
     def advance(state, x):
@@ -54,7 +54,7 @@ def masked_scan(step, state, xs, mask=None, read=first):
         state, y = scan(advance, state, tree.map_structure(time_first, xs))
     else:
         state, y = scan(advance_where_valid, state, tree.map_structure(time_first, (xs, mask)))
-    return time_first(y), state
+    return tree.map_structure(time_first, y), state
 
 
 def time_first(x):
