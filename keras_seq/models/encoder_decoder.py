@@ -75,6 +75,10 @@ class EncoderDecoder(LanguageModel):
         """The decoder's state before the first token, but for the memory, from which it may start."""
         raise NotImplementedError
 
+    def hidden(self, tokens, state, mask=None, training=False, memory=None):
+        """As in every language model, from a state `(own, memory)`, or from the beginning with a `memory`."""
+        raise NotImplementedError
+
     @property
     def prompt_vocab_size(self):
         return self.source_vocab_size
