@@ -4,15 +4,17 @@
 
 On one thread of one core. Contenders that are not installed are left out: `pip install transformers`, and
 `pip install --no-deps keras-hub` with `pip install kagglehub` (alone it would bring a second TensorFlow). All have the
-same weights, and must generate the same tokens before anything is timed. `--quick` runs tiny models, to see that
-everything works: its numbers mean nothing.
+same weights, and must generate the same tokens before anything is timed, but for beam search, where the models are of
+equal sizes alone: BART, which the others have, norms its embeddings. `--quick` runs tiny models, to see that everything
+works: its numbers mean nothing.
 
 How to read it: `ratio` is the time of a contender divided by that of keras_seq in the same round, median over rounds;
 `required` is what we promise of it; the contender "again" is keras_seq once more, and its ratio shows the noise.
 
 Rows: `prefill` is everything until the second token is there, `decode` the time of each token after that, from a long
 and a short run; `compile` what the first call takes longer than the second; `growth` the time of a token in a long
-cache by that in a short one, beside the ratio of the lengths that are attended to.
+cache by that in a short one, beside the ratio of the lengths that are attended to; `beam` a whole search in an
+encoder-decoder, in which nothing ends before the last token.
 """
 
 import argparse
@@ -42,6 +44,8 @@ REQUIRED = {
     ("tensorflow", 16): {HUB: ">= 4.5"},
 }
 
+REQUIRED_OF_BEAMS = {"torch": {HUB: ">= 2.5", HUGGING_FACE: ">= 1"}, "jax": {HUB: ">= 1.5"}, "tensorflow": {}}
+
 
 class Size:
     """A GPT-like model, a prompt, and the most tokens that follow it."""
@@ -52,6 +56,7 @@ class Size:
 
 
 FULL, TINY = Size(), Size(2, 16, 2, 50, 6, 4, 64)
+FULL_TRANSLATION, TINY_TRANSLATION = Size(3, 512, 8, 8192, 32, 23, 64), Size(1, 16, 2, 50, 6, 4, 64)
 
 
 def weights_of(size):
@@ -256,6 +261,98 @@ def growth(size, batch, rounds=7):
     return timing.lines(name, samples, {f"prompt = {4 * size.prompt}": f"<= {attended:.2f}"})
 
 
+# Contenders in beam search: functions of a size, sources and a number of beams, that give a function without arguments
+
+
+def our_beams(size, source, num_beams):
+    model = keras_seq.models.Transformer(
+        size.vocab_size,
+        size.vocab_size,
+        size.d_model,
+        size.layers,
+        size.heads,
+        max_length=size.positions,
+        position="learned",
+        activation="gelu",
+    )
+    model.build((None, None))
+    _randomize(model)
+    return lambda: model.beam_search(source, size.new, num_beams).tokens[:, 0]
+
+
+def _randomize(model):
+    rng = np.random.default_rng(0)
+    for weight in model.trainable_weights:
+        center = 1.0 if "gamma" in weight.path else 0.0
+        weight.assign(center + 0.08 * rng.standard_normal(weight.shape))
+
+
+def keras_hub_beams(size, source, num_beams):
+    from keras_hub.models import BartBackbone, BartSeq2SeqLM
+    from keras_hub.samplers import BeamSampler
+
+    sizes = size.vocab_size, size.layers, size.heads, size.d_model, 4 * size.d_model
+    model = BartSeq2SeqLM(BartBackbone(*sizes, dropout=0.0, max_sequence_length=size.positions), preprocessor=None)
+    _randomize(model)
+    model.compile(sampler=BeamSampler(num_beams=num_beams))
+    start = np.full((len(source), 1 + size.new), 1, "int32")
+    inputs = {
+        "encoder_token_ids": source,
+        "encoder_padding_mask": np.ones_like(source),
+        "decoder_token_ids": start,
+        "decoder_padding_mask": (np.arange(1 + size.new)[None] < 1).repeat(len(source), 0).astype("int32"),
+    }
+    return lambda: np.asarray(model.generate(inputs, stop_token_ids=None)["decoder_token_ids"])[:, 1:]
+
+
+def hugging_face_beams(size, source, num_beams):
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=size.vocab_size,
+        max_position_embeddings=size.positions,
+        d_model=size.d_model,
+        **{f"{part}_layers": size.layers for part in ("encoder", "decoder")},
+        **{f"{part}_attention_heads": size.heads for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 4 * size.d_model for part in ("encoder", "decoder")},
+        bos_token_id=1,
+        decoder_start_token_id=1,
+        eos_token_id=None,
+        forced_eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = BartForConditionalGeneration(config).eval()
+    rng = np.random.default_rng(0)
+    for name, weight in model.named_parameters():
+        center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        weight.data.copy_(torch.tensor(center + 0.08 * rng.standard_normal(weight.shape)))
+    tokens = torch.tensor(source).long()
+    ones = torch.ones_like(tokens)
+
+    def run():
+        with torch.inference_mode():
+            y = model.generate(
+                tokens, attention_mask=ones, max_new_tokens=size.new, num_beams=num_beams, do_sample=False
+            )
+        return y[:, 1:].numpy()
+
+    return run
+
+
+def beams(size, batch, num_beams, required, rounds=9):
+    """Lines of the row `beam`."""
+    source = np.random.default_rng(1).integers(2, size.vocab_size, (batch, size.prompt)).astype("int32")
+    made = {OURS: our_beams, HUB: keras_hub_beams, HUGGING_FACE: hugging_face_beams}
+    runs = {name: made[name](size, source, num_beams) for name in contenders()}
+    for name, run in runs.items():
+        if (shape := run().shape) != (batch, size.new):
+            raise AssertionError(f"{name} gives tokens of shape {shape}, not {(batch, size.new)}: not the same work.")
+    samples, notes = timing.measure(runs, rounds)
+    about = f"{size.layers}+{size.layers}x{size.d_model} batch={batch} source={size.prompt} new={size.new}"
+    return timing.lines(f"beam {num_beams} {about}", samples, required, notes=notes)
+
+
 def _seconds(run, new):
     start = time.perf_counter()
     run(new)
@@ -269,8 +366,10 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
     size, options = (TINY, {"rounds": 2}) if args.quick else (FULL, {})
+    translation = TINY_TRANSLATION if args.quick else FULL_TRANSLATION
     rows = {f"decode prefill compile batch={b}": (race, size, b, REQUIRED[BACKEND, b]) for b in (1, 16)}
     rows |= {"growth batch=1": (growth, size, 1)}
+    rows |= {f"beam {k} batch=2": (beams, translation, 2, k, REQUIRED_OF_BEAMS[BACKEND]) for k in (4,)}
     results = []
     timing.show()
     for name, (work, *arguments) in rows.items():

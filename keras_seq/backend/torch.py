@@ -21,6 +21,7 @@ from keras_seq.backend.torch_decoding import heads_of as heads_of
 from keras_seq.backend.torch_decoding import layer_norm as layer_norm
 from keras_seq.backend.torch_decoding import product as product
 from keras_seq.backend.torch_decoding import rms_norm as rms_norm
+from keras_seq.backend.torch_decoding import take_rows as take_rows
 
 _FREEZE = 1e4
 

@@ -5,7 +5,8 @@ from torch.nn import functional
 
 from keras_seq.backend.torch_attention import _fused, attention, extent, write_one
 
-_MANY = 32  # steps from which on it pays to lay out a matrix anew: that costs as much as about 10 products with it
+_MANY = 32  # steps from which on it pays to lay out a matrix anew: that costs as much as about 10 products with it,
+_SEVERAL = 16  # and with several rows saves half of each
 _LARGEST = 2**27  # bytes; larger matrices are not laid out anew, so that a large model needs no memory for a second one
 
 # Operators of PyTorch's compiler, not of its public interface: without them the plain product runs.
@@ -16,7 +17,8 @@ _PACKS = torch.backends.mkldnn.is_available() and all(
 
 def product(kernel, bias=None, rows=None, steps=1):
     features, packed = len(kernel), None
-    lay_out = rows is not None and steps >= _MANY and kernel.device.type == "cpu" and kernel.nbytes <= _LARGEST
+    pays = rows is not None and steps >= (_MANY if rows < 4 else _SEVERAL)
+    lay_out = pays and kernel.device.type == "cpu" and kernel.nbytes <= _LARGEST
     if lay_out and rows == 1:  # a product with one row is faster along the longer axis of the matrix
         kernel = kernel.contiguous() if kernel.shape[1] >= features else kernel.t().contiguous().t()
     elif lay_out and _PACKS and kernel.dtype == torch.float32:
@@ -29,6 +31,10 @@ def product(kernel, bias=None, rows=None, steps=1):
         return torch.mm(x, kernel) if bias is None else torch.addmm(bias, x, kernel)
 
     return apply
+
+
+def take_rows(x, rows):
+    return x.index_select(0, rows)
 
 
 def heads_of(y, counts, size):

@@ -390,16 +390,27 @@ class MultiHeadAttention(SequenceLayer):
         def step(x, memory):
             keys, values, mask = memory
             (query,) = heads_of(queries(x), (self.num_heads,), self.key_dim)
-            return output(self._attention(query, keys, values, False, {"key_mask": mask}))
+            alike = _rows_alike(x, keys)
+            if alike == 1:
+                return output(self._attention(query, keys, values, False, {"key_mask": mask}))
+            query = ops.transpose(ops.reshape(query, (-1, alike, *query.shape[1::2])), (0, 2, 1, 3))
+            heads = self._attention(query, keys, values, False, {"key_mask": mask})
+            return output(ops.reshape(ops.transpose(heads, (0, 2, 1, 3)), (x.shape[0], -1)))
 
         return step
 
     def attend(self, query, memory, training=False):
-        """The output for queries `(b, t, d)` that attend to a `memory`."""
+        """The output for queries `(b, t, d)` that attend to a `memory`.
+
+        The memory may have fewer rows than the queries: each is then that of equally many rows, one after another.
+        """
         keys, values, mask = memory
-        return self._output(
-            self._attention(self._heads("query", query), keys, values, training, {"key_mask": mask}), query
-        )
+        shape, alike = ops.shape(query), _rows_alike(query, keys)
+        if alike > 1:  # their queries are as many steps of one row, for no step sees another
+            query = ops.reshape(query, (-1, alike * shape[1], shape[2]))
+        heads = self._attention(self._heads("query", query), keys, values, training, {"key_mask": mask})
+        y = self._output(heads, query)
+        return y if alike == 1 else ops.reshape(y, (*shape[:2], *y.shape[2:]))
 
     def _attention(self, query, key, value, training, given):
         """Attention of heads, with what the layer's arguments add to the given structure."""
@@ -490,6 +501,12 @@ class MultiHeadAttention(SequenceLayer):
                 f"Received: {dtype_of(segments)} of shape {tuple(segments.shape)}"
             )
         return cast(segments, "int32")
+
+
+def _rows_alike(x, memory):
+    """How many rows of x share one row of the memory."""
+    rows, of_memory = x.shape[0], memory.shape[0]
+    return rows // of_memory if isinstance(rows, int) and isinstance(of_memory, int) and of_memory else 1
 
 
 def _positions(start, mask, time):

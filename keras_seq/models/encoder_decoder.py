@@ -4,8 +4,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_seq import backend
 from keras_seq.base import autocast, random_seed
+from keras_seq.decoding.engine import compiled
 from keras_seq.decoding.sampling import draw
 from keras_seq.models.language_model import LanguageModel, check_tokens
 from keras_seq.models.scheduled_sampling import get_schedule
@@ -145,6 +145,20 @@ class EncoderDecoder(LanguageModel):
         )
         return logits[:, 0], state
 
+    def prefill_with_attention(self, prompt, mask, new):
+        """`prefill`, and the attention weights `(b, s)` of the step that it ends with."""
+        batch = prompt.shape[0]
+        state = self.initial_state(batch, new + 1, prompt, mask)
+        with autocast(self):
+            h, state, weights = self.aligned(ops.full((batch, 1), self.start_id, dtype="int32"), state)
+            if weights is None:
+                raise ValueError(f"{self._title} has no attention, and so no coverage.")
+            return self.logits(h)[:, 0], state, weights[:, 0]
+
+    def reordered(self, state, rows):
+        """As in every language model; the memory stays as it is, one row for all beams of a source."""
+        return super().reordered(state[0], rows), state[1]
+
     def compute_mask(self, inputs, mask=None):
         _, target = _pair(inputs)
         mask = mask if mask is None or hasattr(mask, "shape") else _pair(mask)[1]
@@ -229,10 +243,9 @@ class EncoderDecoder(LanguageModel):
         if self.pad_id is not None and source_mask is None:
             source_mask = source != self.pad_id
         mask = np.ones(source.shape, bool) if source_mask is None else np.reshape(source_mask, source.shape)
-        if "_alignment_of" not in self.__dict__:
-            self.__dict__["_alignment_of"] = backend.current().compiled(self._alignment, self)
+        run = compiled(self, _itself, "_alignment")
         given = (ops.convert_to_tensor(v, d) for v, d in ((source, "int32"), (target, "int32"), (mask, "bool")))
-        weights = ops.convert_to_numpy(self._alignment_of(*given))
+        weights = ops.convert_to_numpy(run(*given))
         return weights[0] if single else weights
 
     def _alignment(self, source, target, source_mask):
@@ -274,6 +287,11 @@ class EncoderDecoder(LanguageModel):
             return losses
         uniform = ops.logsumexp(logits, axis=-1) - ops.mean(logits, axis=-1)
         return (1 - self.label_smoothing) * losses + self.label_smoothing * uniform
+
+
+def _itself(model):
+    """Where `compiled` finds a method of the model."""
+    return model
 
 
 def _pair(x):

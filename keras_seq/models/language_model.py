@@ -7,6 +7,7 @@ from keras.src.backend import set_keras_mask
 
 from keras_seq import decoding
 from keras_seq.base import SequenceLayer, autocast, cast, dtype_of
+from keras_seq.decoding.engine import reordered
 
 
 class LanguageModel(SequenceLayer, keras.Model):
@@ -139,6 +140,10 @@ class LanguageModel(SequenceLayer, keras.Model):
     def _token_losses(self, y, logits, training):
         return keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
 
+    def reordered(self, state, rows):
+        """The state whose row i is row `rows[i]` of the old one, as beam search wants it."""
+        return reordered(state, rows)
+
     def generate(
         self,
         prompt_tokens,
@@ -148,6 +153,10 @@ class LanguageModel(SequenceLayer, keras.Model):
         temperature=None,
         top_k=None,
         top_p=None,
+        min_p=None,
+        processors=(),
+        num_beams=1,
+        length_penalty=0.0,
         seed=None,
         stop_tokens=(),
         mask=None,
@@ -158,8 +167,12 @@ class LanguageModel(SequenceLayer, keras.Model):
             prompt_tokens: token ids: `(t,)`, `(b, t)`, or a list of lists of any lengths.
             max_new_tokens: number of tokens, >= 1.
             sampler: `"greedy"`, `"sample"`, a function `(logits, u) -> token` (see `keras_seq.decoding`), or None:
-                greedy, unless one of the next three is given.
-            temperature, top_k, top_p: as in `keras_seq.decoding.Sampling`.
+                greedy, unless one of the next four is given.
+            temperature, top_k, top_p, min_p: as in `keras_seq.decoding.Sampling`.
+            processors: what may come and what may not: `keras_seq.decoding.RepetitionPenalty` and the like, run in
+                this order, before the sampler. A row in which they leave no token ends.
+            num_beams: above 1, the tokens are the best that `beam_search` finds, and there is no sampler.
+            length_penalty: of `beam_search`.
             seed: integer; the same seed gives the same tokens.
             stop_tokens: a row ends after one of these.
             mask: `(b, t)` bool of the prompt, True = valid, any pattern; default: where it is not `pad_id`.
@@ -170,9 +183,61 @@ class LanguageModel(SequenceLayer, keras.Model):
 
         Raises: ValueError for an empty prompt, a token outside of the vocabulary, arguments out of range.
         """
-        sampler = decoding.get_sampler(sampler, temperature, top_k, top_p)
+        chosen = decoding.get_sampler(sampler, temperature, top_k, top_p, min_p)
+        if num_beams == 1 and not length_penalty:
+            self._built()
+            return decoding.generate(self, prompt_tokens, max_new_tokens, chosen, seed, stop_tokens, mask, processors)
+        if chosen != decoding.Greedy():
+            raise ValueError(
+                f"Beam search does not draw: it takes no sampler. Received: num_beams={num_beams!r}, "
+                f"length_penalty={length_penalty!r}, and {chosen}"
+            )
+        given = {"stop_tokens": stop_tokens, "processors": processors, "mask": mask}
+        beams = self.beam_search(prompt_tokens, max_new_tokens, num_beams, length_penalty=length_penalty, **given)
+        return beams.tokens[..., 0, :]
+
+    def beam_search(
+        self,
+        prompt_tokens,
+        max_new_tokens,
+        num_beams=4,
+        *,
+        num_results=1,
+        length_penalty=0.0,
+        coverage_penalty=0.0,
+        early_stopping=False,
+        num_groups=1,
+        diversity_penalty=0.0,
+        stop_tokens=(),
+        processors=(),
+        mask=None,
+    ):
+        """The best sequences that beam search finds after a prompt, and their scores.
+
+        Args: as in `keras_seq.decoding.beam_search`, which tells what the scores are.
+
+        Returns:
+            `keras_seq.decoding.Beams`: tokens `(b, num_results, max_new_tokens)`, scores and lengths
+            `(b, num_results)`, from good to bad; without the first axis for a prompt `(t,)`.
+
+        Raises: ValueError for an empty prompt, a token outside of the vocabulary, arguments out of range.
+        """
         self._built()
-        return decoding.generate(self, prompt_tokens, max_new_tokens, sampler, seed, stop_tokens, mask)
+        return decoding.beam_search(
+            self,
+            prompt_tokens,
+            max_new_tokens,
+            num_beams,
+            num_results,
+            length_penalty,
+            coverage_penalty,
+            early_stopping,
+            num_groups,
+            diversity_penalty,
+            stop_tokens,
+            processors,
+            mask,
+        )
 
     def stream(
         self,
@@ -183,6 +248,8 @@ class LanguageModel(SequenceLayer, keras.Model):
         temperature=None,
         top_k=None,
         top_p=None,
+        min_p=None,
+        processors=(),
         seed=None,
         stop_tokens=(),
         mask=None,
@@ -191,9 +258,9 @@ class LanguageModel(SequenceLayer, keras.Model):
 
         Returns: an iterator of ints for a prompt `(t,)`, else of arrays `(b,)`.
         """
-        sampler = decoding.get_sampler(sampler, temperature, top_k, top_p)
+        sampler = decoding.get_sampler(sampler, temperature, top_k, top_p, min_p)
         self._built()
-        return decoding.stream(self, prompt_tokens, max_new_tokens, sampler, seed, stop_tokens, mask)
+        return decoding.stream(self, prompt_tokens, max_new_tokens, sampler, seed, stop_tokens, mask, processors)
 
 
 def _last_valid(h, mask):

@@ -13,6 +13,7 @@ class _Schedule:
     """Its config is its arguments."""
 
     def get_config(self):
+        """The arguments of the constructor."""
         return dict(vars(self))
 
     @classmethod

@@ -73,6 +73,12 @@ def write_one(buffer, new, slot):
     return ops.where((ops.arange(buffer.shape[2], dtype="int32") == slot[:, None])[:, None, :, None], new, buffer)
 
 
+@leaner
+def take_rows(x, rows):
+    """`x[rows[i]]` as row i."""
+    return ops.take(x, rows, axis=0)
+
+
 def valid_first(mask):
     """The indices of the valid steps in order, then of the padded ones: `(b, t)` int32 from a mask `(b, t)`."""
     time = ops.shape(mask)[1]

@@ -24,14 +24,14 @@ def softmax(logits):
     return e / e.sum()
 
 
-def expected(logits, temperature=1.0, top_k=None, top_p=None):
+def expected(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """The probabilities by the words of the docstring, one token after the other."""
     p = softmax(logits / temperature)
     order = np.argsort(-p, kind="stable")[:top_k]
     q = p[order] / p[order].sum()
     kept, total = [], 0.0
     for token, probability in zip(order, q, strict=True):
-        if top_p is not None and total >= top_p:
+        if (top_p is not None and total >= top_p) or (min_p is not None and probability < min_p * q[0]):
             break
         kept.append(token)
         total += probability
@@ -97,6 +97,15 @@ def test_sampling_keeps_exactly_the_right_tokens(temperature, top_k, top_p):
     assert visible <= set(np.flatnonzero(got))
 
 
+@pytest.mark.parametrize("arguments", [(), (0.5, 4), (2.0, None, 0.8), (1.0, 6, 0.9)], ids=str)
+@pytest.mark.parametrize("min_p", [0.02, 0.3, 1.0])
+def test_min_p(arguments, min_p):
+    arguments = {**dict(zip(("temperature", "top_k", "top_p"), arguments, strict=False)), "min_p": min_p}
+    p = expected(LOGITS, **arguments)
+    assert 0 in p
+    check_distribution(counts(Sampling(**arguments), LOGITS), p)
+
+
 def test_top_k_comes_before_top_p():
     """Of 0.4 0.3 0.2 0.1 the first two hold 0.57 and 0.43 among themselves: top_p=0.5 then keeps only the first."""
     logits = np.log(np.array([0.1, 0.4, 0.3, 0.2], "float32"))
@@ -156,6 +165,7 @@ def test_low_precision_logits(dtype):
         ({"top_k": 2.5}, "Received: 2.5"),
         ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\] or None. Received: 0.0"),
         ({"top_p": 1.5}, "Received: 1.5"),
+        ({"min_p": 0}, r"`min_p` must be in \(0, 1\] or None. Received: 0"),
     ],
 )
 def test_values_out_of_range(arguments, named):
@@ -170,7 +180,7 @@ def test_get_sampler():
     assert get_sampler("sample") == Sampling()
     assert get_sampler(temperature=0.8) == get_sampler("sample", temperature=0.8) == Sampling(0.8)
     assert get_sampler(top_k=3) == Sampling(top_k=3)
-    assert get_sampler(None, 0.5, 3, 0.9) == Sampling(0.5, 3, 0.9)
+    assert get_sampler(None, 0.5, 3, 0.9, 0.1) == Sampling(0.5, 3, 0.9, 0.1)
     own = Sampling(0.3)
     assert get_sampler(own) is own
     assert hash(Sampling(0.5, 3)) == hash(Sampling(0.5, 3))
