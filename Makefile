@@ -1,6 +1,6 @@
 # Each target works from a bare clone: it first makes .venv, and remakes it only when pyproject.toml changes.
 #
-#   make demo      a small language model, trained and sampled (KERAS_BACKEND=torch make demo: on another backend)
+#   make demo      learns to pronounce English in four minutes (KERAS_BACKEND=torch make demo: on another backend)
 #   make test      lint, then the whole suite once per backend
 #   make bench     the tables of docs/benchmarks.md, once per backend
 #   make docs      the documentation, in site/
@@ -10,6 +10,8 @@ PYTHON ?= python3
 # Installed before the rest, whose torch is of any version: on Linux the newest one brings its own CUDA packages.
 # For a GPU: make TORCH=torch
 TORCH ?= torch==2.13.0
+# A trained model that a test compares with: of the package only the weights are read, so it comes alone.
+G2P := g2p-en==2.1.0
 BACKENDS ?= tensorflow jax torch
 # Processes per backend, for `make test`. 0: in the process of pytest itself, as a debugger needs it.
 WORKERS ?= 2
@@ -26,7 +28,7 @@ BIN := .venv/bin
 .PHONY: demo test bench docs lint
 
 demo: .venv/installed
-	$(BIN)/python examples/character_model.py
+	$(BIN)/python examples/pronounce.py
 
 test: lint
 	@status=0; summary=; \
@@ -56,5 +58,6 @@ lint: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[tensorflow,jax,torch,dev,docs]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[tensorflow,jax,torch,examples,dev,docs]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(G2P)"
 	@touch $@
