@@ -60,6 +60,10 @@ def gradients(function, layer):
     return run
 
 
+def take_rows(x, rows):
+    return jnp.take(x, rows, axis=0, mode="clip")  # 6 times as fast as filling in what is beyond the end
+
+
 def largest(x):
     """The largest of the integers x, or None in compiled code."""
     return None if isinstance(x, jax.core.Tracer) else int(x.max())

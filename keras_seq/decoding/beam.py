@@ -159,22 +159,25 @@ class _Search(Functions):
         else:
             (logits, state), weights = self.prefill(prompt, mask, self.steps), None
         live, kept = self.beginning(mask)
-        logits, weights = (None if x is None else ops.repeat(x, self.num_beams, axis=0) for x in (logits, weights))
+        rows = ops.arange(prompt.shape[0] * self.num_beams, dtype="int32") // self.num_beams
+        state, logits = self.reordered(state, rows), take_rows(logits, rows)
+        weights = None if weights is None else take_rows(weights, rows)
         zero = ops.convert_to_tensor(0, "int32")
         token, rows, live, kept = self.extended(zero, limit, logits, weights, live, kept)
-        state = self.reordered(state, rows // self.num_beams)
-        step = self.model.step_with_attention if self.beta else self.stepper(prompt.shape[0] * self.num_beams)
+        step = self.model.step_with_attention if self.beta else self.stepper(rows.shape[0])
 
-        def unfinished(i, token, state, live, kept):
+        def unfinished(i, token, rows, state, live, kept):
             return ops.logical_and(i < limit, ops.any(live.scores > DEAD))
 
-        def body(i, token, state, live, kept):
+        def body(i, token, rows, state, live, kept):
+            # The rows move before the step, not after it: a compiler then writes the step as it copies them.
+            state = self.reordered(state, rows)
             with backend.current().owned_state():  # nobody else sees the state before this step
                 logits, state, *weights = step(token, state)
             token, rows, live, kept = self.extended(i, limit, logits, weights[0] if weights else None, live, kept)
-            return i + 1, token, self.reordered(state, rows), live, kept
+            return i + 1, token, rows, state, live, kept
 
-        i, _, _, live, kept = ops.while_loop(unfinished, body, (zero + 1, token, state, live, kept))
+        i, *_, live, kept = ops.while_loop(unfinished, body, (zero + 1, token, rows, state, live, kept))
         return self.results(self.with_live(kept, live, i))
 
     def beginning(self, mask):

@@ -399,8 +399,8 @@ class MultiHeadAttention(SequenceLayer):
 
         return step
 
-    def attend(self, query, memory, training=False):
-        """The output for queries `(b, t, d)` that attend to a `memory`.
+    def attend(self, query, memory, training=False, return_weights=False):
+        """The output for queries `(b, t, d)` that attend to a `memory`; or `(output, weights (b, heads, t, s))`.
 
         The memory may have fewer rows than the queries: each is then that of equally many rows, one after another.
         """
@@ -408,9 +408,13 @@ class MultiHeadAttention(SequenceLayer):
         shape, alike = ops.shape(query), _rows_alike(query, keys)
         if alike > 1:  # their queries are as many steps of one row, for no step sees another
             query = ops.reshape(query, (-1, alike * shape[1], shape[2]))
-        heads = self._attention(self._heads("query", query), keys, values, training, {"key_mask": mask})
-        y = self._output(heads, query)
-        return y if alike == 1 else ops.reshape(y, (*shape[:2], *y.shape[2:]))
+        given = {"key_mask": mask, "return_weights": return_weights}
+        y = self._output(self._attention(self._heads("query", query), keys, values, training, given), query)
+        y, *weights = y if return_weights else (y,)
+        if alike > 1:
+            y = ops.reshape(y, (*shape[:2], *y.shape[2:]))
+            weights = [_of_rows(w, alike) for w in weights]
+        return (y, *weights) if weights else y
 
     def _attention(self, query, key, value, training, given):
         """Attention of heads, with what the layer's arguments add to the given structure."""
@@ -513,6 +517,15 @@ def _positions(start, mask, time):
     """The positions of queries; a padded one stands at the last valid step before it, and sees what that one saw."""
     at = position_ops.positions(start, mask, time)
     return at if mask is None else at - ops.cast(ops.logical_not(mask), "int32")
+
+
+def _of_rows(weights, alike):
+    """Weights `(b, heads, alike t, s)` as `(b alike, heads, t, s)`."""
+    _, heads, _, length = weights.shape
+    weights = ops.transpose(
+        ops.reshape(weights, (-1, heads, alike, weights.shape[2] // alike, length)), (0, 2, 1, 3, 4)
+    )
+    return ops.reshape(weights, (-1, heads, weights.shape[3], length))
 
 
 def _both(a, b):

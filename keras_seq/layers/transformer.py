@@ -296,7 +296,8 @@ class TransformerDecoderBlock(TransformerBlock):
         y, state = self._run(x, mask, initial_state, return_state, training, **given)
         return (y, state) if return_state else y
 
-    def advance(self, x, state, mask=None, training=False, segments=None, memory=None):
+    def advance(self, x, state, mask=None, training=False, segments=None, memory=None, return_weights=False):
+        """As in every sequence layer; with `return_weights` y is `(y, weights)`, those of the cross attention."""
         own, seen = (state, ()) if self.cross_attention is None else state
         seen = seen if memory is None else memory
         if self.cross_attention is not None and not seen:
@@ -306,13 +307,13 @@ class TransformerDecoderBlock(TransformerBlock):
             return self.attention.advance(x, own, mask, training, segments=segments)
 
         def attend_to_memory(x):
-            return self.cross_attention.attend(x, seen, training)
+            return self.cross_attention.attend(x, seen, training, return_weights)
 
         x, next_own = self.branch(x, self.attention_norm, attend, training)
         if self.cross_attention is not None:
-            x, _ = self.branch(x, self.cross_attention_norm, attend_to_memory, training)
+            x, weights = self.branch(x, self.cross_attention_norm, attend_to_memory, training)
         x, _ = self.branch(x, self.feedforward_norm, self._feed_forward, training)
-        return x, next_own if self.cross_attention is None else (next_own, seen)
+        return (x, weights) if return_weights else x, next_own if self.cross_attention is None else (next_own, seen)
 
     def stepper(self, batch_size, steps=1):
         if self.cross_attention is None:

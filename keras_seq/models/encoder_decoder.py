@@ -155,6 +155,12 @@ class EncoderDecoder(LanguageModel):
                 raise ValueError(f"{self._title} has no attention, and so no coverage.")
             return self.logits(h)[:, 0], state, weights[:, 0]
 
+    def step_with_attention(self, token, state):
+        """`step_valid`, and the attention weights `(b, s)` to the source."""
+        with autocast(self):
+            h, state, weights = self.aligned(token[:, None], state)
+            return self.logits(h)[:, 0], state, weights[:, 0]
+
     def reordered(self, state, rows):
         """As in every language model; the memory stays as it is, one row for all beams of a source."""
         return super().reordered(state[0], rows), state[1]

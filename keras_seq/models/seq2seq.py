@@ -4,7 +4,7 @@ import keras
 from keras import ops, tree
 
 from keras_seq import initializers
-from keras_seq.base import autocast, call_layer, cast, random_seed
+from keras_seq.base import call_layer, cast, random_seed
 from keras_seq.layers import GRU, LSTM, AdditiveAttention, Bidirectional, DotAttention, SimpleRNN
 from keras_seq.layers.alignment import Alignment
 from keras_seq.models.encoder_decoder import EncoderDecoder
@@ -250,12 +250,6 @@ class Seq2Seq(EncoderDecoder):
         first = self.own_state(ops.shape(target)[0], memory=memory), target[:, 0], target[:, 0]
         tokens, _ = masked_scan(step, first, (target, own, u), mask, lambda state: state[2])
         return tokens if mask is None else ops.where(mask, tokens, target)
-
-    def step_with_attention(self, token, state):
-        """`step_valid`, and the attention weights `(b, s)`."""
-        with autocast(self):
-            h, state, weights = self.aligned(token[:, None], state)
-            return self.logits(h)[:, 0], state, weights[:, 0]
 
 
 def _attention(attention, d_model, policy):

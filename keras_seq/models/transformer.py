@@ -194,20 +194,27 @@ class Transformer(EncoderDecoder):
         return *positions, *(of(block)[0] for block in self.blocks)
 
     def hidden(self, tokens, state, mask=None, training=False, memory=None):
+        return self.aligned(tokens, state, mask, training, memory, False)[:2]
+
+    def aligned(self, tokens, state, mask=None, training=False, memory=None, return_weights=True):
+        """As `hidden`, and the weights `(b, t, s)` of the last block to the source, the mean over its heads."""
         own, seen = list(state[0]), state[1] if memory is None else memory
         first = len(own) - len(self.blocks)  # where the states of the blocks begin
         x, position = self._embedded(self.embedding, self.position, tokens, mask, training, own[0] if first else None)
         own[:first] = [position][:first]
         source_mask, memories = seen
+        weighing = self.blocks[-1] if return_weights else None
         for i, (block, (keys, values)) in enumerate(zip(self.blocks, memories, strict=True), first):
 
             def run(x, keys, values, block=block, before=own[i]):
-                y, (after, _) = block.advance(x, (before, (keys, values, source_mask)), mask, training)
+                before = before, (keys, values, source_mask)
+                y, (after, _) = block.advance(x, before, mask, training, return_weights=block is weighing)
                 return y, after
 
             x, own[i] = (checkpointed(block, run) if training and self.checkpoint else run)(x, keys, values)
+        x, weights = x if return_weights else (x, None)
         x = x if self.norm is None else call_layer(self.norm, x)
-        return x, (tuple(own), seen)
+        return x, (tuple(own), seen), ops.mean(weights, axis=1) if return_weights else None
 
     def logits(self, h):
         return cast(call_layer(self.embedding, h, reverse=True), self.compute_dtype)

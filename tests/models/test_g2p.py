@@ -1,6 +1,8 @@
 """Against a trained model of others: the GRUs of g2p-en, which spell phonemes, give what its own NumPy code gives."""
 
 import importlib.metadata
+import re
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -11,7 +13,10 @@ from keras_seq.models import Seq2Seq
 
 LETTERS = ["<pad>", "<unk>", "</s>", *"abcdefghijklmnopqrstuvwxyz"]
 END, START, NEW = 3, 2, 20
-WORDS = ["a", "hello", "activation", "banana", "knight", "psychology", "squirrel", "xylophone", "antidisestablishment"]
+LONG = ["squirrel", "xylophone", "antidisestablishment"]
+# Words of real text that is always at hand.
+FOUND = sorted({word for topic in topics.values() for word in re.findall(r"\b[a-z]{1,14}\b", topic)})
+WORDS = [*LONG, *np.random.default_rng(0).choice(FOUND, 197, replace=False).tolist()]
 
 
 @pytest.fixture(scope="module")
