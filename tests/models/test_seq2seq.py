@@ -39,8 +39,8 @@ def fitted():
     schedule = models.InverseSigmoidSampling(30)
     model = models.Seq2Seq(9, 9, 32, attention="general", scheduled_sampling=schedule, label_smoothing=0.02)
     model.compile(keras.optimizers.Adam(1e-2), metrics=["accuracy"])
-    history = model.fit(*reversal(), batch_size=64, epochs=25, verbose=0).history
-    return model, history
+    model.fit(*reversal(), batch_size=64, epochs=25, verbose=0)
+    return model
 
 
 def weights_of(layer, prefix=""):
@@ -78,16 +78,16 @@ def test_torch_gives_the_same():
 
 
 def test_learns_to_reverse(fitted):
-    model, history = fitted
-    assert history["accuracy"][-1] > 0.98
-    source, target = reversal(8)
+    source, target = reversal(64)
+    model = fitted
+    assert model.evaluate(source, target, batch_size=64, verbose=0)[1] > 0.98
     tokens = model.generate(source, 6, stop_tokens=(2,))
     assert (tokens == target).mean() > 0.95
     assert int(array(model.train_steps.value)) == 25 * 8  # it counts on every backend
 
 
 def test_alignment_of_a_reversal_goes_backwards(fitted):
-    model, _ = fitted
+    model = fitted
     source, target = np.array([[3, 4, 5, 6, 7], [8, 7, 6, 0, 0]]), np.array([[7, 6, 5, 4, 3, 2], [6, 7, 8, 2, 0, 0]])
     weights = model.alignment(source, target)
     assert weights.shape == (2, 6, 5)
@@ -95,7 +95,7 @@ def test_alignment_of_a_reversal_goes_backwards(fitted):
     assert weights[0, :4].argmax(1).tolist() in ([4, 3, 2, 1], [3, 3, 2, 1], [4, 3, 2, 2])
     assert not weights[1, :, 3:].any()  # padding of the source
     assert not weights[1, 4:].any()  # and of the target
-    np.testing.assert_allclose(model.alignment(source[0], target[0]), weights[0], atol=1e-6)
+    np.testing.assert_allclose(model.alignment(source[0], target[0]), weights[0], atol=1e-5)
 
 
 def test_alignment_of_a_transformer():
@@ -107,7 +107,7 @@ def test_alignment_of_a_transformer():
 
 
 def test_a_saved_model_decodes_at_once(fitted, tmp_path):
-    model, _ = fitted
+    model = fitted
     model.save(tmp_path / "model.keras")
     source, _ = reversal(4)
     np.save(tmp_path / "expected.npy", model.generate(source, 6, num_beams=2, stop_tokens=(2,)))
