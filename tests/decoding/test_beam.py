@@ -96,7 +96,6 @@ def test_all_beams_are_exhaustive_search():
 
 
 SEARCHES = {
-    "no stop": {"k": 3},
     "stop": {"k": 4, "stop_tokens": (2,), "results": 2},
     "long is good": {"k": 4, "stop_tokens": (2, 4), "alpha": 1.2},
     "short is good": {"k": 4, "stop_tokens": (2, 4), "alpha": -0.7, "results": 3},

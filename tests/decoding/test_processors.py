@@ -111,8 +111,7 @@ def by_hand(model, prompt, processors, stop_tokens=(), n=6):
 
 LISTS = {
     "bigrams, length": (["bigrams", "length"], (2, 4)),
-    "forced": (["forced"], ()),
-    "constraint": (["constraint"], ()),
+    "forced, constraint": (["forced", "constraint"], ()),
     "unigrams": (["unigrams"], ()),  # after five tokens nothing is left
 }
 
