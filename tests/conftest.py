@@ -7,8 +7,12 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Each test compiles for a few calls only: XLA need not spend time on machine code that runs fast.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Each test compiles for a few calls only: XLA need not spend time on machine code that runs fast. Its older emitters
+# compile in a third of the time, and the workers of pytest keep the cores busy: one thread each is enough.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 # What one worker of JAX has compiled the other need not, nor the next run.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "jax")

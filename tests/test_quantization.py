@@ -1,5 +1,7 @@
 """`quantize` and LoRA reach every matrix of attention, feed-forward networks and Transformers, and survive a file."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -20,6 +22,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method"),
     pytest.mark.filterwarnings("ignore:.*The use of `x.T` on tensors"),  # Keras's quantized embedding on PyTorch
 ]
+
+
+@pytest.fixture(autouse=True)
+def frozen():
+    """Keras collects garbage for each matrix that it quantizes: not among all that is there by now."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def functional(layer, name):
