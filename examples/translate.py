@@ -118,12 +118,13 @@ def main(argv=None, pairs=None):
         print(f"\n{'English':12} {sources[i]}\n{'the data':12} {references[i]}")
         for name in built:
             print(f"{name:12} {samples[name][i]}")
-    for i in shown[:3]:
-        source, target = tokenizer.encode(sources[i]), tokenizer.encode(samples["Seq2Seq"][i])
-        weights = built["Seq2Seq"].alignment(source.ids, [*target.ids, END])
-        alignments.append(("", source.tokens, [*target.tokens, "(end)"], weights))
+    for name, model in built.items():
+        for i in shown[:2]:
+            source, target = tokenizer.encode(sources[i]), tokenizer.encode(samples[name][i])
+            weights = model.alignment(source.ids, [*target.ids, END])
+            alignments.append((name, source.tokens, [*target.tokens, "(end)"], weights))
     plot_alignments(alignments, options.out / "translate.png")
-    print(f"\nwhere the recurrent model looked for each piece of a word: {options.out / 'translate.png'}")
+    print(f"\nwhere the models looked for each piece of a word: {options.out / 'translate.png'}")
     print("To run longer, for better translations: python examples/translate.py --minutes 60 --full")
     return scores
 
