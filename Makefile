@@ -34,7 +34,7 @@ test: lint
 	@status=0; summary=; \
 	for backend in $(BACKENDS); do \
 		echo "== $$backend"; \
-		if KERAS_BACKEND=$$backend $(BIN)/python -m pytest tests -q -n $(WORKERS) $(PYTEST_ARGS); then result=passed; \
+		if KERAS_BACKEND=$$backend $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS); then result=passed; \
 		else result=FAILED; status=1; fi; \
 		summary="$$summary$$backend: $$result\n"; \
 	done; \
