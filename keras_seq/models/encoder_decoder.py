@@ -287,13 +287,6 @@ class EncoderDecoder(LanguageModel):
     def _compared(self, x, y, y_pred):
         return y, y_pred, None if self.pad_id is None else y != self.pad_id
 
-    def _token_losses(self, y, logits, training):
-        losses = super()._token_losses(y, logits, training)
-        if not (training and self.label_smoothing):
-            return losses
-        uniform = ops.logsumexp(logits, axis=-1) - ops.mean(logits, axis=-1)
-        return (1 - self.label_smoothing) * losses + self.label_smoothing * uniform
-
 
 def _itself(model):
     """Where `compiled` finds a method of the model."""

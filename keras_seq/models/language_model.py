@@ -37,6 +37,7 @@ class LanguageModel(SequenceLayer, keras.Model):
             raise ValueError(f"`pad_id` must be from 0 to {vocab_size - 1}, or None. Received: pad_id={pad_id!r}")
         self.vocab_size = vocab_size
         self.pad_id = pad_id
+        self.label_smoothing = 0.0
 
     def hidden(self, tokens, state, mask=None, training=False):
         """Runs over tokens `(b, t)` from `state`: what logits are made of, `(b, t, d)`, and the next state."""
@@ -138,7 +139,12 @@ class LanguageModel(SequenceLayer, keras.Model):
         return y, y_pred, valid
 
     def _token_losses(self, y, logits, training):
-        return keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
+        """`-log p(y)`: without a one-hot array of the targets, which Keras's function makes on two backends."""
+        true = ops.take_along_axis(logits, ops.cast(y, "int32")[..., None], axis=-1)[..., 0]
+        losses = ops.logsumexp(logits, axis=-1) - true
+        smoothing = self.label_smoothing if training else 0.0
+        # The mean over all tokens of `-log p` differs by this.
+        return losses + smoothing * (true - ops.mean(logits, axis=-1)) if smoothing else losses
 
     def reordered(self, state, rows):
         """The state whose row i is row `rows[i]` of the old one, as beam search wants it."""
