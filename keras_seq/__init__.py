@@ -6,6 +6,7 @@ from keras_seq import initializers as initializers
 from keras_seq import layers as layers
 from keras_seq import models as models
 from keras_seq import testing as testing
+from keras_seq import text as text
 from keras_seq.backend import kernels as kernels
 from keras_seq.base import SequenceLayer as SequenceLayer
 

@@ -279,7 +279,8 @@ class _Carried:
 
         def variable(i, state):
             def initial(shape, dtype):
-                return ops.cast(tree.flatten(layer.initial_state(batch_size))[i], dtype)
+                # A copy: a state that is the same for all rows may share their memory.
+                return ops.copy(ops.cast(tree.flatten(layer.initial_state(batch_size))[i], dtype))
 
             return keras.Variable(initial, state.shape, dtype_of(state), trainable=False, autocast=False, name="state")
 

@@ -5,12 +5,26 @@ NumPy's Philox generator. Their names are Keras's; the layers of this library us
 by name. An initializer object that you pass is used as it is.
 """
 
+import contextlib
+import contextvars
 import math
 import random
 
 import keras
 import numpy as np
 from keras import ops
+
+_drawing = contextvars.ContextVar("drawing", default=True)
+
+
+@contextlib.contextmanager
+def without_drawing():
+    """Inside, random initializers give zeros: for weights that will be loaded, and large ones take long to draw."""
+    token = _drawing.set(False)
+    try:
+        yield
+    finally:
+        _drawing.reset(token)
 
 
 class _Random(keras.initializers.Initializer):
@@ -21,6 +35,8 @@ class _Random(keras.initializers.Initializer):
         self.seed = random.randint(1, 10**9) if seed is None else int(seed)
 
     def __call__(self, shape, dtype=None):
+        if not _drawing.get():
+            return ops.zeros(shape, dtype or keras.config.floatx())
         values = self._draw(np.random.Generator(np.random.Philox(self.seed)), tuple(shape))
         return ops.convert_to_tensor(values, dtype=dtype or keras.config.floatx())
 

@@ -145,6 +145,20 @@ LAYERS = {
     "TransformerEncoder classifier": lambda: models.TransformerEncoder(
         11, 8, 1, 2, hidden_dim=12, head="classifier", num_classes=3, position="rotary", num_token_types=0
     ),
+    "RWKV4TimeMixing": lambda: layers.RWKV4TimeMixing(),
+    "RWKV5TimeMixing": lambda: layers.RWKV5TimeMixing(4),
+    "RWKV5TimeMixing 5.0": lambda: layers.RWKV5TimeMixing(4, revision="5.0"),
+    "RWKV6TimeMixing": lambda: layers.RWKV6TimeMixing(4, mix_rank=3, decay_rank=4),
+    "RWKV7TimeMixing": lambda: layers.RWKV7TimeMixing(4, decay_rank=3, iclr_rank=4, gate_rank=5),
+    "RWKV7TimeMixing negative": lambda: layers.RWKV7TimeMixing(8, allow_negative_eigenvalues=True),
+    "RWKV4ChannelMixing": lambda: layers.RWKV4ChannelMixing(12),
+    "RWKV5ChannelMixing": lambda: layers.RWKV5ChannelMixing(12),
+    "RWKV6ChannelMixing": lambda: layers.RWKV6ChannelMixing(12),
+    "RWKV7ChannelMixing": lambda: layers.RWKV7ChannelMixing(12),
+    "RWKVBlock 4": lambda: layers.RWKVBlock(4),
+    "RWKVBlock 7": lambda: layers.RWKVBlock(7, head_dim=4, hidden_dim=12),
+    "RWKV": lambda: models.RWKV(11, 8, 2, head_dim=4, hidden_dim=12),
+    "RWKV 4": lambda: models.RWKV(11, 8, 2, version=4, hidden_dim=12),
     "RecurrentLM": lambda: models.RecurrentLM(11, 6, num_layers=2, cell="gru", dropout=0.1),
     "RecurrentLM tied": lambda: models.RecurrentLM(11, 6, tie_embeddings=True),
 }

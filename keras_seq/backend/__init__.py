@@ -9,7 +9,7 @@ import contextvars
 import functools
 import importlib
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
@@ -85,25 +85,34 @@ def refuses(reason):
     return attach
 
 
-def native(reference):
-    """Lets `backend/<name>.py` take over calls of `reference` by a function of the same name and signature."""
+def native(reference, kernel: Any = None, slower=lambda *args, **kwargs: None):
+    """Lets `backend/<name>.py` take over calls of `reference` by a function of the same name and signature.
+
+    Args:
+        reference: the definition.
+        kernel: another function of its name and signature, which takes every call, for backends that have no kernel.
+        slower: says in words why that one is slower than the definition for a call, or returns None. It is not asked
+            in mode `"native"`.
+    """
     name = reference.__name__
 
     @functools.wraps(reference)
     def dispatch(*args, **kwargs):
         mode, log = _mode.get(), _log.get()
-        kernel = getattr(current(), name, reference)
+        chosen, reason = getattr(current(), name, None), None
+        if chosen:
+            reason = chosen.refuses(*args, **kwargs)
+        if kernel and (reason or not chosen):
+            chosen, reason = kernel, slower(*args, **kwargs) if mode == "auto" else None
+        if not chosen:
+            reason = f"{keras.config.backend()} has none"
         if mode == "reference":
             reason = "the mode is 'reference'"
-        elif kernel is reference:
-            reason = f"{keras.config.backend()} has none"
-        else:
-            reason = kernel.refuses(*args, **kwargs)
-        if reason and mode == "native":
+        elif reason and mode == "native":
             raise NotImplementedError(f"No native {name} on {keras.config.backend()} for this call: {reason}.")
         if log is not None:
             log.append(Ran(name, "reference" if reason else "native", reason))
-        return (reference if reason else kernel)(*args, **kwargs)
+        return (reference if reason else chosen)(*args, **kwargs)
 
     dispatch.reference = reference  # type: ignore[attr-defined]
     return dispatch

@@ -21,6 +21,7 @@ from keras_seq.backend import refuses
 from keras_seq.backend.jax_attention import attention as attention
 from keras_seq.backend.recurrence import not_fused
 from keras_seq.backend.xla import product as product
+from keras_seq.backend.xla import slower_in_chunks as slower_in_chunks
 
 COMPILES = True
 

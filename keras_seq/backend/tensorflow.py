@@ -15,6 +15,7 @@ from keras_seq.backend import refuses
 from keras_seq.backend.recurrence import not_fused
 from keras_seq.backend.tensorflow_attention import attention as attention
 from keras_seq.backend.xla import product as product
+from keras_seq.backend.xla import slower_in_chunks as slower_in_chunks
 
 
 def scan(step, state, xs, reverse=False):

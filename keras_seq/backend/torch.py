@@ -247,3 +247,8 @@ class _GRU(torch.autograd.Function):
             if dx is not None:
                 torch.mm(da, kernel.T, out=dx[start : start + _GRU.STEPS].flatten(0, 1))
         return None if dx is None else dx.transpose(0, 1), dhs[0], d_kernel, d_recurrent, d_bias, None
+
+
+def slower_in_chunks(name, x, training):
+    """Why the recurrence `name` of `keras_seq.ops.wkv` on `x` `(b, t, ...)` is faster step by step, or None."""
+    return "few steps" if x.shape[1] < 8 else None

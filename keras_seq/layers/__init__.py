@@ -21,5 +21,14 @@ from keras_seq.layers.recurrent import GRU as GRU
 from keras_seq.layers.recurrent import LSTM as LSTM
 from keras_seq.layers.recurrent import SimpleRNN as SimpleRNN
 from keras_seq.layers.rnn import RNN as RNN
+from keras_seq.layers.rwkv import RWKVBlock as RWKVBlock
+from keras_seq.layers.rwkv_channel import RWKV4ChannelMixing as RWKV4ChannelMixing
+from keras_seq.layers.rwkv_channel import RWKV5ChannelMixing as RWKV5ChannelMixing
+from keras_seq.layers.rwkv_channel import RWKV6ChannelMixing as RWKV6ChannelMixing
+from keras_seq.layers.rwkv_channel import RWKV7ChannelMixing as RWKV7ChannelMixing
+from keras_seq.layers.rwkv_time import RWKV4TimeMixing as RWKV4TimeMixing
+from keras_seq.layers.rwkv_time import RWKV5TimeMixing as RWKV5TimeMixing
+from keras_seq.layers.rwkv_time import RWKV6TimeMixing as RWKV6TimeMixing
+from keras_seq.layers.rwkv_time import RWKV7TimeMixing as RWKV7TimeMixing
 from keras_seq.layers.transformer import TransformerDecoderBlock as TransformerDecoderBlock
 from keras_seq.layers.transformer import TransformerEncoderBlock as TransformerEncoderBlock

@@ -17,3 +17,8 @@ from keras_seq.ops.recurrent import simple_rnn as simple_rnn
 from keras_seq.ops.recurrent import simple_rnn_step as simple_rnn_step
 from keras_seq.ops.scan import masked_scan as masked_scan
 from keras_seq.ops.scan import scan as scan
+from keras_seq.ops.shift import token_shift as token_shift
+from keras_seq.ops.wkv import wkv4 as wkv4
+from keras_seq.ops.wkv import wkv5 as wkv5
+from keras_seq.ops.wkv import wkv6 as wkv6
+from keras_seq.ops.wkv import wkv7 as wkv7
