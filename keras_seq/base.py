@@ -292,7 +292,8 @@ class _Carried:
 
     def reset(self, layer):
         if self.variables:
-            self.assign(layer.initial_state(self.variables[0].shape[0]))
+            # Copies: two parts of a first state may be one array, which two variables must not share.
+            self.assign(tree.map_structure(ops.copy, layer.initial_state(self.variables[0].shape[0])))
 
 
 def random_seed():

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "layers": {"base", "ops", "initializers"},
     "decoding": {"base", "ops", "layers", "backend"},
     "checkpoints": {"base", "ops", "layers", "text"},
+    "states": {"checkpoints"},
     "models": {"base", "ops", "layers", "initializers", "decoding", "checkpoints", "text"},
 }
 MAY_IMPORT_ANYTHING = {"__init__", "testing"}

@@ -99,7 +99,8 @@ def native(reference, kernel: Any = None, slower=lambda *args, **kwargs: None):
     @functools.wraps(reference)
     def dispatch(*args, **kwargs):
         mode, log = _mode.get(), _log.get()
-        chosen, reason = getattr(current(), name, None), None
+        chosen: Any = getattr(current(), name, None)
+        reason = None
         if chosen:
             reason = chosen.refuses(*args, **kwargs)
         if kernel and (reason or not chosen):

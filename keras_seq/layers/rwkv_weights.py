@@ -25,6 +25,7 @@ class RWKVLayer(SequenceLayer):
                 f"Received: layer_index={layer_index!r}, num_layers={num_layers!r}"
             )
         self.layer_index, self.num_layers = layer_index, num_layers
+        self.features = self.heads = None  # until it is built
 
     @property
     def from_first(self):

@@ -112,7 +112,7 @@ def wkv6(r, k, v, w, u, state, mask=None, training=False):
     while length < size:
         before_left, before_right = pairs(before, length)
         after_left, after_right = pairs(after, length)
-        left, right = pairs(whole, 1) if length == 1 else (whole[..., ::2, :, :], whole[..., 1::2, :, :])
+        left, right = whole[..., ::2, :, :], whole[..., 1::2, :, :]
         keys, values = pairs(k, length)[0], pairs(v, length)[0]
         queries = pairs(r, length)[1]
         met = (queries * ops.exp(before_right)) @ _transposed(keys * ops.exp(after_left)) @ values
@@ -121,8 +121,7 @@ def wkv6(r, k, v, w, u, state, mask=None, training=False):
         after = ops.reshape(ops.stack([after_left + right, after_right], -3), (*lead, size, channels))
         whole = left + right
         length *= 2
-    whole = whole[..., 0, :, :] if size > 1 else whole
-    kept, added = ops.exp(_transposed(whole)), _transposed(k * ops.exp(after)) @ v
+    kept, added = ops.exp(_transposed(whole[..., 0, :, :])), _transposed(k * ops.exp(after)) @ v
     states, state = _states(lambda s, kept, added: kept * s + added, state, kept, added)
     return _steps(y + (r * ops.exp(before)) @ states, time), state
 
