@@ -22,6 +22,15 @@ from keras_seq.backend.torch_decoding import layer_norm as layer_norm
 from keras_seq.backend.torch_decoding import product as product
 from keras_seq.backend.torch_decoding import rms_norm as rms_norm
 from keras_seq.backend.torch_decoding import take_rows as take_rows
+from keras_seq.backend.torch_lean import group_norm as group_norm
+from keras_seq.backend.torch_lean import inner_product as inner_product
+from keras_seq.backend.torch_lean import normalized as normalized
+from keras_seq.backend.torch_lean import reshape as reshape
+from keras_seq.backend.torch_lean import side_by_side as side_by_side
+from keras_seq.backend.torch_lean import sigmoid as sigmoid
+from keras_seq.backend.torch_lean import squared_relu as squared_relu
+from keras_seq.backend.torch_lean import tanh as tanh
+from keras_seq.backend.torch_lean import wkv7_step as wkv7_step
 
 _FREEZE = 1e4
 

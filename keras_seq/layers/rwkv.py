@@ -3,6 +3,7 @@
 import keras
 
 from keras_seq.base import SequenceLayer, call_layer
+from keras_seq.layers.prepared import norm_of
 from keras_seq.layers.rwkv_channel import RWKV4ChannelMixing, RWKV5ChannelMixing, RWKV6ChannelMixing, RWKV7ChannelMixing
 from keras_seq.layers.rwkv_time import RWKV4TimeMixing, RWKV5TimeMixing, RWKV6TimeMixing, RWKV7TimeMixing
 
@@ -77,3 +78,19 @@ class RWKVBlock(SequenceLayer):
         x = x + y
         y, of_channels = self.channel_mixing.advance(call_layer(self.ln2, x), of_channels, mask, training)
         return x + y, v_first, (of_time, of_channels)
+
+    def mix_stepper(self, batch_size, steps=1):
+        """`mix` on single steps `(b, d)`, made ready as by `stepper`; None if there is nothing to be gained."""
+        mix = self.time_mixing.mix_stepper(batch_size, steps) if self.version == 7 else None
+        if mix is None:
+            return None
+        ln1, ln2, channels = norm_of(self.ln1), norm_of(self.ln2), self.channel_mixing.stepper(batch_size, steps)
+
+        def step(x, state, v_first):
+            of_time, of_channels = state
+            y, v_first, of_time = mix(ln1(x), of_time, v_first)
+            x = x + y
+            y, of_channels = channels(ln2(x), of_channels)
+            return x + y, v_first, (of_time, of_channels)
+
+        return step

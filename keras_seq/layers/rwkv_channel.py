@@ -4,7 +4,9 @@ import keras
 from keras import ops
 
 from keras_seq.layers.dense import project
+from keras_seq.layers.prepared import products
 from keras_seq.layers.rwkv_weights import ChannelMixing
+from keras_seq.ops.lean import squared_relu
 
 
 @keras.saving.register_keras_serializable("keras_seq")
@@ -118,3 +120,10 @@ class RWKV7ChannelMixing(ChannelMixing):
     def mix(self, x, before):
         k = project(self.key_dense, x + (before - x) * self.x_k)
         return project(self.value_dense, ops.square(ops.relu(k)))
+
+    def stepper(self, batch_size, steps=1):
+        key, value = (products(layer, rows=batch_size, steps=steps) for layer in (self.key_dense, self.value_dense))
+        if key is None or value is None:
+            return self.advance_one
+        mu = ops.convert_to_tensor(self.x_k)
+        return lambda x, last: (value(squared_relu(key(x + (last - x) * mu))), x)

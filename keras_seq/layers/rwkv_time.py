@@ -4,6 +4,7 @@ Letters are those of the papers: r receptance, w decay, k key, v value, u bonus 
 in-context learning rate.
 """
 
+import itertools
 import math
 
 import keras
@@ -11,8 +12,13 @@ import numpy as np
 from keras import ops
 
 from keras_seq import initializers
+from keras_seq.base import cast
 from keras_seq.layers.dense import project
+from keras_seq.layers.prepared import products
 from keras_seq.layers.rwkv_weights import RWKVLayer, TimeMixing
+from keras_seq.ops.dense import product
+from keras_seq.ops.lean import inner_product, normalized, reshape, side_by_side, sigmoid, tanh, wkv7_step
+from keras_seq.ops.norm import group_norm
 from keras_seq.ops.shift import token_shift
 from keras_seq.ops.wkv import LEAST, wkv4, wkv5, wkv6, wkv7
 
@@ -61,8 +67,9 @@ class RWKV4TimeMixing(RWKVLayer):
         r = ops.sigmoid(project(self.receptance_dense, before + since * self.time_mix_r))
         k = project(self.key_dense, before + since * self.time_mix_k)
         v = project(self.value_dense, before + since * self.time_mix_v)
-        y, sums = wkv4(k, v, -ops.exp(self.time_decay), self.time_first, sums, mask, training)
-        return project(self.output_dense, r * ops.cast(y, r.dtype)), (last, tuple(sums))
+        w, u = -ops.exp(self._precise(self.time_decay)), self._precise(self.time_first)
+        y, sums = wkv4(k, v, w, u, sums, mask, training)
+        return project(self.output_dense, r * cast(y, self.compute_dtype)), (last, tuple(sums))
 
 
 @keras.saving.register_keras_serializable("keras_seq")
@@ -123,9 +130,10 @@ class RWKV5TimeMixing(TimeMixing):
         r = project(self.receptance_dense, before + since * self.time_mix_r)
         k = project(self.key_dense, before + since * self.time_mix_k)
         v = project(self.value_dense, before + since * self.time_mix_v)
-        u = self.time_faaaa if self.revision == "5.2" else ops.exp(self.time_first)
+        w = -ops.exp(self._precise(self.time_decay))
+        u = self._precise(self.time_faaaa) if self.revision == "5.2" else ops.exp(self._precise(self.time_first))
         r, k, v = self._in_heads(r, k, v)
-        y, s = wkv5(r, k, v, -ops.exp(self.time_decay), u, s, mask, training)
+        y, s = wkv5(r, k, v, w, u, s, mask, training)
         y = self._joined(self._normed(y))
         if self.revision != "5.0":
             y = y * ops.silu(project(self.gate_dense, before + since * self.time_mix_g))
@@ -197,8 +205,9 @@ class RWKV6TimeMixing(TimeMixing):
         )
         g = ops.silu(project(self.gate_dense, x_g))
         lower = ops.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
-        r, k, v, w = self._in_heads(r, k, v, -ops.exp(self.time_decay + ops.cast(lower, self.state_dtype)))
-        y, s = wkv6(r, k, v, w, self.time_faaaa, s, mask, training)
+        w = -ops.exp(self._precise(self.time_decay) + self._precise(lower))
+        r, k, v, w = self._in_heads(r, k, v, w)
+        y, s = wkv6(r, k, v, w, self._precise(self.time_faaaa), s, mask, training)
         y = self._joined(self._normed(y))
         return project(self.output_dense, y * g), (last, s)
 
@@ -300,7 +309,7 @@ class RWKV7TimeMixing(TimeMixing):
         r = project(self.receptance_dense, x_r)
         k = project(self.key_dense, x_k)
         v = project(self.value_dense, x_v)
-        w = self.w0 + ops.cast(ops.tanh(x_w @ self.w1) @ self.w2, self.state_dtype)
+        w = self._precise(self.w0) + self._precise(ops.tanh(x_w @ self.w1) @ self.w2)
         w = -math.exp(-0.5) * ops.sigmoid(w)
         a = ops.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)
         a = 2 * a if self.allow_negative_eigenvalues else a
@@ -312,17 +321,54 @@ class RWKV7TimeMixing(TimeMixing):
         kappa = k * self.k_k
         k = k * (1 + (a - 1) * self.k_a)
         r, w, k, v, a, kappa = self._in_heads(r, w, k, v, a, kappa)
-        kappa = _normalized(kappa)
+        kappa = normalized(kappa)
         y, s = wkv7(r, w, k, v, -kappa, kappa * a, s, mask, training)
         y = self._normed(y)
-        y = y + ops.sum(r * k * self.r_k, axis=-1, keepdims=True) * v
+        y = y + ops.sum(r * k * self._precise(self.r_k), axis=-1, keepdims=True) * v
         return project(self.output_dense, self._joined(y) * g), v_first, (last, s)
 
+    def mix_stepper(self, batch_size, steps=1):
+        """`mix` on single steps `(b, d)`, made ready as by `stepper`; None if a matrix is more than a product."""
+        dense = self.receptance_dense, self.key_dense, self.value_dense, self.output_dense
+        matrices = [products(layer, rows=batch_size, steps=steps) for layer in dense]
+        if None in matrices or self.compute_dtype != self.variable_dtype or self.compute_dtype == "bfloat16":
+            return None
+        project_r, project_k, project_v, project_out = matrices
+        names = "wagv" if self.layer_index else "wag"
+        vectors = ("x_r", "x_k", "x_v", "w0", "a0", "k_k", "k_a", *(["v0"] if self.layer_index else []))
+        at = {name: ops.convert_to_tensor(getattr(self, name)) for name in vectors}
+        inner, outer = {}, {}
+        for name in names:  # x_i A = x A + (x_{t-1} - x_t) (mu_i A): the products of all i side by side
+            first, mu = ops.convert_to_tensor(getattr(self, f"{name}1")), getattr(self, f"x_{name}")
+            inner[name] = ops.concatenate([first, ops.convert_to_tensor(mu)[:, None] * first], axis=0)
+            outer[name] = ops.convert_to_tensor(getattr(self, f"{name}2"))
+        project_inner = product(ops.concatenate(list(inner.values()), axis=1), None, batch_size, steps)
+        cuts = list(itertools.accumulate(matrix.shape[1] for matrix in inner.values()))
+        gamma, beta = (ops.reshape(self._precise(x), (self.heads, -1)) for x in (self.ln_x_weight, self.ln_x_bias))
+        r_k, scale = self._precise(self.r_k), 2.0 if self.allow_negative_eigenvalues else 1.0
+        in_heads, together = (batch_size, self.heads, self.head_dim), (batch_size, self.features)
 
-def _normalized(x):
-    """x over its length along the last axis, or over 1e-12 if it is shorter, with a gradient at 0 too."""
-    square = ops.sum(x * x, axis=-1, keepdims=True)
-    return x * ops.rsqrt(ops.where(square > 1e-24, square, 1e-24))
+        def step(x, state, v_first):
+            last, s = state
+            back = last - x
+            r = reshape(project_r(x + back * at["x_r"]), in_heads)
+            k, v = project_k(x + back * at["x_k"]), project_v(x + back * at["x_v"])
+            within = project_inner(side_by_side(x, back))
+            parts = {name: within[:, i:j] for name, i, j in zip(names, [0, *cuts], cuts, strict=False)}
+            w = -math.exp(-0.5) * sigmoid(at["w0"] + tanh(parts["w"]) @ outer["w"])
+            a = scale * sigmoid(at["a0"] + parts["a"] @ outer["a"])
+            g = sigmoid(parts["g"]) @ outer["g"]
+            v_first = v if v_first is None else v_first
+            if self.layer_index:
+                v = v + (v_first - v) * sigmoid(at["v0"] + parts["v"] @ outer["v"])
+            kappa = normalized(reshape(k * at["k_k"], in_heads))
+            k = reshape(k * (1 + (a - 1) * at["k_a"]), in_heads)
+            w, a, v = (reshape(z, in_heads) for z in (w, a, v))
+            y, s = wkv7_step(r, w, k, v, -kappa, kappa * a, s)
+            y = group_norm(y, gamma, beta, self.epsilon) + inner_product(r * k, r_k) * v
+            return project_out(reshape(y, together) * g), v_first, (x, s)
+
+        return step
 
 
 def _zigzag(d):

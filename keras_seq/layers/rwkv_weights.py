@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_seq import initializers
-from keras_seq.base import SequenceLayer
+from keras_seq.base import SequenceLayer, cast
 from keras_seq.layers.dense import matrix
 from keras_seq.ops.norm import group_norm
 from keras_seq.ops.shift import token_shift
@@ -25,7 +25,7 @@ class RWKVLayer(SequenceLayer):
                 f"Received: layer_index={layer_index!r}, num_layers={num_layers!r}"
             )
         self.layer_index, self.num_layers = layer_index, num_layers
-        self.features = self.heads = None  # until it is built
+        self.features = self.heads = 0  # until it is built
 
     @property
     def from_first(self):
@@ -55,6 +55,10 @@ class RWKVLayer(SequenceLayer):
         autocast = {"autocast": False} if precise else {}
         weight = self.add_weight(values.shape, initial, name=name, **autocast)
         setattr(self, name, weight)
+
+    def _precise(self, weight):
+        """A weight in the dtype of the state."""
+        return cast(ops.convert_to_tensor(weight), self.state_dtype)
 
     def _low_rank(self, name, shape, initializer="zeros"):
         setattr(self, name, self.add_weight(shape, initializers.get(initializer), name=name))
@@ -137,21 +141,20 @@ class TimeMixing(RWKVLayer):
         last, s = self._start(batch_size, self.features), (self.heads, self.head_dim, self.head_dim)
         if not self.trainable_state:
             return last, self._start(batch_size, *s)
-        return last, ops.broadcast_to(ops.cast(self.time_state, self.state_dtype), (batch_size, *s))
+        return last, ops.broadcast_to(self._precise(self.time_state), (batch_size, *s))
 
     def _in_heads(self, *xs):
         """`(b, t, d)` -> `(b, t, h, n)`, in the dtype of the state."""
         shapes = [(*ops.shape(x)[:-1], self.heads, self.head_dim) for x in xs]
-        return [ops.reshape(ops.cast(x, self.state_dtype), shape) for x, shape in zip(xs, shapes, strict=True)]
+        return [ops.reshape(cast(x, self.state_dtype), shape) for x, shape in zip(xs, shapes, strict=True)]
 
     def _normed(self, y):
         """`(b, t, h, n)`, each head normalized alone."""
         gamma, beta = (
-            ops.reshape(ops.convert_to_tensor(w), (self.heads, self.head_dim))
-            for w in (self.ln_x_weight, self.ln_x_bias)
+            ops.reshape(self._precise(w), (self.heads, self.head_dim)) for w in (self.ln_x_weight, self.ln_x_bias)
         )
         return group_norm(y, gamma, beta, self.epsilon)
 
     def _joined(self, y):
         """`(b, t, h, n)` -> `(b, t, d)` in the compute dtype."""
-        return ops.cast(ops.reshape(y, (*ops.shape(y)[:-2], self.features)), self.compute_dtype)
+        return cast(ops.reshape(y, (*ops.shape(y)[:-2], self.features)), self.compute_dtype)

@@ -9,6 +9,7 @@ from keras_seq.checkpoints import rwkv as official
 from keras_seq.checkpoints.files import read_arrays, write_arrays
 from keras_seq.layers import RWKVBlock
 from keras_seq.layers.dense import matrix, project
+from keras_seq.layers.prepared import norm_of, products
 from keras_seq.models.language_model import LanguageModel
 from keras_seq.models.transformer_parts import checkpointed
 
@@ -143,6 +144,22 @@ class RWKV(LanguageModel):
 
     def logits(self, h):
         return cast(project(self.head, h), self.compute_dtype)
+
+    def stepper(self, batch_size, steps=1):
+        blocks = [block.mix_stepper(batch_size, steps) for block in self.blocks]
+        logits = products(self.head, rows=batch_size, steps=steps)
+        if None in blocks or logits is None:
+            return self.step_valid
+        ln0, ln_out = norm_of(self.ln0), norm_of(self.ln_out)
+
+        def step(token, state):
+            x, v_first, states = ln0(call_layer(self.embedding, token)), None, []
+            for block, before in zip(blocks, state, strict=True):
+                x, v_first, after = block(x, before, v_first)
+                states.append(after)
+            return logits(ln_out(x)), tuple(states)
+
+        return step
 
     def _token_losses(self, y, logits, training):
         losses = super()._token_losses(y, logits, training)

@@ -17,6 +17,7 @@ def rms_norm(x, scale, epsilon):
     return ops.rms_normalization(x, scale, axis=-1, epsilon=epsilon)
 
 
+@leaner
 def group_norm(x, gamma, beta, epsilon):
     """Each head of x `(..., h, n)` normalized over its n channels; gamma and beta are `(h, n)`.
 

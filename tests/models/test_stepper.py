@@ -55,6 +55,21 @@ def test_language_models(name, rows):
     close(got, expected, 1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("version", [6, 7])
+def test_rwkv(version, rows):
+    options = {"allow_negative_eigenvalues": True} if version == 7 else {}
+    model = models.RWKV(VOCAB, 16, 2, version, head_dim=8, **options)
+    model.build((None, None))
+    rng = np.random.default_rng(0)
+    for weight in model.trainable_weights:  # of which some are 0 at first
+        weight.assign(ops.convert_to_numpy(weight) + 0.2 * rng.normal(size=weight.shape))
+    tokens = rng.integers(1, VOCAB, (rows, 6)).astype("int32")
+    state = model(tokens[:, :3], return_state=True)[1]
+    expected, got = (compiled_steps(model, state, tokens[:, 3:], ready) for ready in (False, True))
+    close(got, expected, 1e-5)
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_encoder_decoder(norm_first):
     model = models.Transformer(VOCAB, VOCAB, 16, 2, 2, norm_first=norm_first)
