@@ -58,33 +58,31 @@ def wkv7(r, w, k, v, a, b, state, mask=None, training=False):
     """`keras_seq.ops.wkv_recurrent.wkv7` in chunks.
 
     With `c_t` the sum of w up to step t, what step s adds is decayed to `exp(c_t - c_s)` at step t. It is split into
-    `exp(c_t - m) exp(m - c_s)`, m the middle of the sums of the chunk, so that one product gives all pairs of steps. As
+    `exp(c_t - m) exp(m - c_s)`, m the middle of the sums of the chunk, so that a product gives all pairs of steps. As
     `w > -exp(-0.5)`, no factor is above `exp(0.31 c)`. What a step removes depends on what the steps before it in the
     chunk removed: a triangular system. A chunk then is an affine map of the state, `S -> S M + P`.
     """
     size, time = _length(r.shape[1]), ops.shape(r)[1]
     r, w, k, v, a, b = (_chunks(x, size) for x in masked(mask, state, r, w, k, v, a, b))
-    channels, dtype = v.shape[-1], state.dtype
+    dtype = state.dtype
     total = _triangle(size, 0, dtype) @ w
     end = total[..., -1:, :]
     middle = 0.5 * end
     upto, grown = ops.exp(total - middle), ops.exp(middle - total)
     before, half = ops.exp(total - w - middle), ops.exp(middle)
     a, r, b, k = a * before, r * upto, b * grown, k * grown
-    pairs = ops.concatenate([a, r], -2) @ _transposed(ops.concatenate([b, k], -2))
     past, present = _triangle(size, -1, dtype), _triangle(size, 0, dtype)
-    ab, ak = pairs[..., :size, :size] * past, pairs[..., :size, size:] * past
-    rb, rk = pairs[..., size:, :size] * present, pairs[..., size:, size:] * present
+    ab, ak = (a @ _transposed(b)) * past, (a @ _transposed(k)) * past
+    rb, rk = (r @ _transposed(b)) * present, (r @ _transposed(k)) * present
     # What each step removes: of the values in the chunk, and of the state before it.
-    given = ops.concatenate([ak @ v, a * half], -1)
-    removed = ops.solve_triangular(ops.eye(size, dtype=dtype) - ab, given, lower=True)
-    within = rb @ removed
+    one = ops.eye(size, dtype=dtype)
+    inverse = ops.solve_triangular(one - ab, ops.broadcast_to(one, ops.shape(ab)), lower=True)
+    of_values, of_state = inverse @ (ak @ v), inverse @ (a * half)
     b, k = b * half, k * half
-    change = _transposed(removed) @ b
-    added = change[..., :channels, :] + _transposed(v) @ k
-    kept = change[..., channels:, :] + ops.eye(b.shape[-1], dtype=dtype) * ops.exp(end)
+    added = _transposed(of_values) @ b + _transposed(v) @ k
+    kept = _transposed(of_state) @ b + ops.eye(b.shape[-1], dtype=dtype) * ops.exp(end)
     before, state = _states(lambda s, kept, added: s @ kept + added, state, kept, added)
-    y = within[..., :channels] + rk @ v + (within[..., channels:] + r * half) @ _transposed(before)
+    y = rb @ of_values + rk @ v + (rb @ of_state + r * half) @ _transposed(before)
     return _steps(y, time), state
 
 
