@@ -53,9 +53,9 @@ def translate(model, tokenizer, texts, max_tokens, batch_size=64):
     return [found[row] for row in range(len(texts))]
 
 
-def models(vocab_size, units, layers):
+def models(vocab_size, units, layers, dropout):
     """The models by name, without trained weights."""
-    options = {"dropout": 0.1, "label_smoothing": 0.1, "start_id": START}
+    options = {"dropout": dropout, "label_smoothing": 0.0, "start_id": START}
     return {
         "Transformer": keras_seq.models.Transformer(
             vocab_size, vocab_size, units, num_layers=layers, num_heads=units // 32, norm_first=True, **options
@@ -66,6 +66,7 @@ def models(vocab_size, units, layers):
             units,
             num_layers=1,
             cell="lstm",
+            attention="general",
             input_feeding=False,
             tie_embeddings=True,
             **options,
@@ -78,9 +79,10 @@ def main(argv=None, pairs=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=8, help="time for training both (default: %(default)s)")
     parser.add_argument("--language", default="de", help="de, es, fr, pt, ru or cs (default: %(default)s)")
-    parser.add_argument("--units", type=int, default=256, help="size of the models (default: %(default)s)")
+    parser.add_argument("--units", type=int, default=128, help="size of the models (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="layers of the Transformer (default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=4000, help="number of pieces of words (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, default=0, help="for long training: 0.1 (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=2000, help="number of pieces of words (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=50, help="longest sentence (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="test on all held-out sentences, not on 500 of them")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="where the pictures go")
@@ -102,11 +104,12 @@ def main(argv=None, pairs=None):
     )
 
     scores, samples, alignments = {}, {}, []
-    built = models(tokenizer.get_vocab_size(), options.units, options.layers)
+    built = models(tokenizer.get_vocab_size(), options.units, options.layers, options.dropout)
+    buckets = [(options.max_tokens // part,) * 2 for part in (4, 3, 2, 1)]
     for name, model in built.items():
         print(f"\n{name}:")
-        model.compile(keras.optimizers.Adam(1e-3, clipnorm=1.0))
-        batches = Bucketed(*zip(*encoded, strict=True), batch_size=64, buckets=4)
+        model.compile(keras.optimizers.Adam(3e-3, clipnorm=1.0))
+        batches = Bucketed(*zip(*encoded, strict=True), batch_size=32, buckets=buckets)
         model.fit(batches, epochs=1000, callbacks=[TimeBudget(60 * options.minutes / len(built))])
         samples[name] = translate(model, tokenizer, sources, options.max_tokens)
         scores[name] = sacrebleu.corpus_bleu(samples[name], [references]).score
