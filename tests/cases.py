@@ -71,6 +71,10 @@ def refused(attempt, *words):
         attempt()
 
 
-def compile_for_test(model, optimizer, loss="mse"):
-    """JAX is compiled, because its eager loops are slow; TensorFlow is not, because XLA compiles for long."""
-    model.compile(optimizer, loss, jit_compile=keras.config.backend() == "jax")
+def compile_for_test(model, optimizer, loss="mse", graph=True):
+    """JAX is compiled, because its eager loops are slow; TensorFlow is not, because XLA compiles for long.
+
+    Where `graph` is False TensorFlow does not even make a graph, which takes longer than a few steps.
+    """
+    eagerly = keras.config.backend() == "tensorflow" and not graph
+    model.compile(optimizer, loss, jit_compile=keras.config.backend() == "jax", run_eagerly=eagerly)

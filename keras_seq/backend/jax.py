@@ -21,7 +21,6 @@ from keras_seq.backend import refuses
 from keras_seq.backend.jax_attention import attention as attention
 from keras_seq.backend.recurrence import not_fused
 from keras_seq.backend.xla import product as product
-from keras_seq.backend.xla import slower_in_chunks as slower_in_chunks
 
 COMPILES = True
 
@@ -309,3 +308,12 @@ def _simple_rnn(x, h, kernel, recurrent_kernel, bias, mask):
 
     h, y = scan(step, h, (_time_first(x), _valid(mask)))
     return _time_first(y), h
+
+
+def slower_in_chunks(name, x, training):
+    """Why the recurrence `name` of `keras_seq.ops.wkv` on `x` `(b, t, ...)` is faster step by step, or None."""
+    if x.shape[1] < 8:
+        return "few steps"
+    if (name == "wkv4" or not training) and jax.default_backend() == "cpu":
+        return "on a CPU a scan is faster"
+    return None

@@ -15,7 +15,6 @@ from keras_seq.backend import refuses
 from keras_seq.backend.recurrence import not_fused
 from keras_seq.backend.tensorflow_attention import attention as attention
 from keras_seq.backend.xla import product as product
-from keras_seq.backend.xla import slower_in_chunks as slower_in_chunks
 
 
 def scan(step, state, xs, reverse=False):
@@ -261,3 +260,11 @@ def _gru_backward(x, h, kernel, recurrent_kernel, valid, hs, gates, dhs, dh):
     d_recurrent = tf.matmul(_rows(before), _rows(da), transpose_a=True)
     d_bias = tf.stack([tf.reduce_sum(dx, (0, 1)), tf.reduce_sum(da, (0, 1))])
     return _project(dx, tf.transpose(kernel)), dh, d_kernel, d_recurrent, d_bias
+
+
+def slower_in_chunks(name, x, training):
+    """Why the recurrence `name` of `keras_seq.ops.wkv` on `x` `(b, t, ...)` is faster step by step, or None.
+
+    Without gradients that would hold for long sequences too under XLA, but not in a graph, where a loop is slow.
+    """
+    return "few steps" if x.shape[1] is not None and x.shape[1] < 8 else None

@@ -15,12 +15,3 @@ def product(kernel, bias=None, rows=None, steps=1):
         return y if bias is None else y + bias
 
     return apply
-
-
-def slower_in_chunks(name, x, training):
-    """Why the recurrence `name` of `keras_seq.ops.wkv` on `x` `(b, t, ...)` is faster step by step, or None."""
-    if x.shape[1] == 1:
-        return "one step"
-    if not training or name == "wkv4":
-        return "XLA runs the steps faster"
-    return None

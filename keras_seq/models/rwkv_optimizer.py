@@ -37,8 +37,9 @@ class GroupedAdamW(keras.optimizers.AdamW):
         super().build(variables)
 
     def update_step(self, gradient, variable, learning_rate):
-        # On TensorFlow that of an embedding is sparse, and the squares of a token that comes twice would be added up.
-        gradient = keras.ops.convert_to_tensor(gradient, sparse=False)
+        # On TensorFlow that of an embedding is sparse, and the squares of a token that comes twice would be added up:
+        # to reshape it makes it dense.
+        gradient = keras.ops.reshape(gradient, variable.shape)
         multiple = self._multiple_of[self._get_variable_index(variable)]
         super().update_step(gradient, variable, learning_rate if multiple == 1 else learning_rate * multiple)
 
