@@ -12,53 +12,12 @@ of 100 equally likely characters needs 6.6).
 import argparse
 import math
 import pathlib
-import random
-import time
-from pydoc_data.topics import topics
 
 import keras
 import numpy as np
+from shared import TimeBudget, bits_per_character, python_documentation, windows
 
 import keras_seq
-
-
-def read_text():
-    """The topics in a seeded random order, so that the last tenth is like the rest."""
-    names = sorted(topics)
-    random.Random(0).shuffle(names)
-    return "\n".join(topics[name] for name in names)
-
-
-def windows(tokens, length):
-    """`(n, length + 1)`: pieces of the text; the last token of each, which is only predicted, begins the next."""
-    n = (len(tokens) - 1) // length
-    return np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(n)])
-
-
-class TimeBudget(keras.callbacks.Callback):
-    """Stops training when the time is up, and lowers the learning rate in a straight line until then.
-
-    The clock starts after the first batch, before which the model is compiled.
-    """
-
-    def __init__(self, seconds):
-        super().__init__()
-        self.seconds = seconds
-
-    def on_train_begin(self, logs=None):
-        self.start, self.peak = None, float(self.model.optimizer.learning_rate)
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.start = self.start or time.monotonic()
-        left = 1 - (time.monotonic() - self.start) / self.seconds
-        self.model.optimizer.learning_rate = self.peak * max(left, 0.02)
-        if left <= 0:
-            self.model.stop_training = True
-
-
-def bits_per_character(model, tokens):
-    """The mean cross-entropy of the next character, in bits."""
-    return model.evaluate(tokens, batch_size=16, verbose=0) / math.log(2)
 
 
 def plot(history, before, path):
@@ -89,12 +48,9 @@ def main(argv=None):
     options = parser.parse_args(argv)
 
     keras.utils.set_random_seed(0)
-    text = read_text()[: options.characters]
-    alphabet = sorted(set(text))
-    tokens = np.searchsorted(alphabet, list(text)).astype("int32")
-    split = len(tokens) * 9 // 10
-    training, held_out = windows(tokens[:split], 128), windows(tokens[split:], 512)
-    print(f"{len(text):,} characters, {len(alphabet)} different; backend: {keras.config.backend()}")
+    alphabet, training, held_out = python_documentation(options.characters)
+    print(f"{len(training):,} characters to train on, {len(alphabet)} different; backend: {keras.config.backend()}")
+    training, held_out = windows(training, 128), windows(held_out, 512)
 
     model = keras_seq.models.RecurrentLM(len(alphabet), options.units, cell="lstm", pad_id=None)
     model.compile(keras.optimizers.Adam(5e-3, clipnorm=1.0))
@@ -106,7 +62,7 @@ def main(argv=None):
         validation_data=(held_out,),
         batch_size=32,
         epochs=1000,
-        callbacks=[TimeBudget(60 * options.minutes)],
+        callbacks=[TimeBudget(60 * options.minutes, compilation=False)],
     ).history
     after = bits_per_character(model, held_out)
     print(f"held-out text before training: {before:.2f} bits per character; after: {after:.2f}")

@@ -7,7 +7,7 @@ from keras_seq.backend.torch_attention import _fused, attention, extent, write_o
 
 _MANY = 32  # steps from which on it pays to lay out a matrix anew: that costs as much as about 10 products with it,
 _SEVERAL = 16  # and with several rows saves half of each
-_LARGEST = 2**27  # bytes; larger matrices are not laid out anew, so that a large model needs no memory for a second one
+_LARGEST = 2**28  # bytes; larger matrices are not laid out anew, so that a large model needs no memory for a second one
 
 # Operators of PyTorch's compiler, not of its public interface: without them the plain product runs.
 _PACKS = torch.backends.mkldnn.is_available() and all(
