@@ -20,6 +20,14 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# What runs on no backend needs to run on one only.
+if os.environ.get("KERAS_BACKEND") in ("jax", "tensorflow"):
+    collect_ignore = [
+        "test_arrows.py",
+        "text",
+        *(f"checkpoints/test_{name}.py" for name in ("files", "pth", "safetensors")),
+    ]
+
 # PyTorch comes before TensorFlow, which Keras imports on every backend when it saves: the other order may crash.
 if importlib.util.find_spec("torch"):
     import torch  # noqa: F401

@@ -13,8 +13,8 @@ def test_models_are_of_one_size():
 
 
 def test_rwkv_language_model(tmp_path, capsys):
-    options = ["--minutes", "0.02", "--size", "32", "--characters", "20000", "--contexts", "128", "256"]
-    results = rwkv_language_model.main([*options, "--out", str(tmp_path)])
+    sizes = ["--size", "32", "--layers", "1", "--characters", "20000", "--contexts", "128", "256"]
+    results = rwkv_language_model.main(["--minutes", "0.02", *sizes, "--out", str(tmp_path)])
     assert tuple(results) == rwkv_language_model.MODELS
     assert all(np.isfinite(result.bits) and result.speed > 0 for result in results.values())
     assert all(seconds > 0 for result in results.values() for seconds in result.steps)
@@ -24,5 +24,5 @@ def test_rwkv_language_model(tmp_path, capsys):
     printed = capsys.readouterr().out
     found = results["RWKV-7"]
     assert f"\nRWKV-7      {found.parameters:12,}{found.bits:8.2f}{found.speed:11,.0f}" in printed
-    assert "its state: 13,056 bytes at first, 13,056 after 304 characters" in printed
+    assert f"its state: {found.bytes[0]:,} bytes at first, {found.bytes[0]:,} after 304 characters" in printed
     assert (tmp_path / "rwkv_language_model.png").stat().st_size > 10_000
