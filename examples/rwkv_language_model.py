@@ -21,7 +21,7 @@ from shared import TimeBudget, bits_per_character, python_documentation, windows
 from keras_seq.models import RWKV, RecurrentLM, TransformerLM, rwkv_optimizer
 
 MODELS = ("RWKV-7", "LSTM", "Transformer")
-LENGTH, BATCH = 128, 16
+LENGTH, BATCH = 128, 8
 STEPS = 64  # that are timed at each context
 
 
