@@ -14,7 +14,8 @@ def save(path, state):
 
     Args:
         path: a file `*.safetensors`. It appears, or is replaced, once all is written.
-        state: any nest of tuples, lists and dicts of tensors.
+        state: any nest of tuples, lists and dicts, from strings, of tensors. A named tuple is saved as a tuple, and
+            bfloat16 as float32: layers cast what they get.
 
     Example:
 
@@ -49,7 +50,7 @@ def load(path):
     arrays = read_safetensors(path)
     try:
         return _restored(json.loads(arrays["structure"].tobytes()), arrays)
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (AttributeError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a state saved by `keras_seq.states.save`. Received: {error!r}"
         ) from None
@@ -88,7 +89,7 @@ def _described(state, numbers):
         # In the order in which `tree.flatten` takes them.
         return {"dict": {key: _described(state[key], numbers) for key in sorted(state)}}
     if isinstance(state, list | tuple):
-        return {type(state).__name__: [_described(part, numbers) for part in state]}
+        return {"list" if isinstance(state, list) else "tuple": [_described(part, numbers) for part in state]}
     return next(numbers)
 
 

@@ -9,7 +9,6 @@ import re
 import numpy as np
 
 from keras_seq.checkpoints.errors import CheckpointError
-from keras_seq.layers.dense import is_product
 
 _HUGGING_FACE = (  # of RWKV-4
     (r"^rwkv\.", ""),
@@ -86,10 +85,10 @@ def variables_of(model):
         add(f"{name}.bias", layer.beta)
 
     def matrix(name, layer):
-        if not is_product(layer) and (layer.quantization_mode or layer.lora_enabled):
-            raise ValueError(f"{layer.path} is quantized or has LoRA: there is no official form of it.")
+        _check_plain(layer)
         add(f"{name}.weight", layer.kernel, np.transpose, np.transpose)
 
+    _check_plain(model.embedding)
     add("emb.weight", model.embedding.embeddings)
     norm("blocks.0.ln0", model.ln0)
     for i, block in enumerate(model.blocks):
@@ -104,6 +103,11 @@ def variables_of(model):
     norm("ln_out", model.ln_out)
     matrix("head", model.head)
     return found
+
+
+def _check_plain(layer):
+    if layer.quantization_mode or layer.lora_enabled:
+        raise ValueError(f"{layer.path} is quantized or has LoRA: there is no official form of it.")
 
 
 def _shapes(name, shape, version):

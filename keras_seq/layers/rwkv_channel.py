@@ -123,7 +123,7 @@ class RWKV7ChannelMixing(ChannelMixing):
 
     def stepper(self, batch_size, steps=1):
         key, value = (products(layer, rows=batch_size, steps=steps) for layer in (self.key_dense, self.value_dense))
-        if key is None or value is None:
+        if key is None or value is None or self.compute_dtype != self.state_dtype:
             return self.advance_one
         mu = ops.convert_to_tensor(self.x_k)
         return lambda x, last: (value(squared_relu(key(x + (last - x) * mu))), x)

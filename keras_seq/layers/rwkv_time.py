@@ -331,7 +331,7 @@ class RWKV7TimeMixing(TimeMixing):
         """`mix` on single steps `(b, d)`, made ready as by `stepper`; None if a matrix is more than a product."""
         dense = self.receptance_dense, self.key_dense, self.value_dense, self.output_dense
         matrices = [products(layer, rows=batch_size, steps=steps) for layer in dense]
-        if None in matrices or self.compute_dtype != self.variable_dtype or self.compute_dtype == "bfloat16":
+        if None in matrices or not self.compute_dtype == self.variable_dtype == self.state_dtype:
             return None
         project_r, project_k, project_v, project_out = matrices
         names = "wagv" if self.layer_index else "wag"

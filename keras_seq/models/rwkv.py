@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_seq import initializers
-from keras_seq.base import call_layer, cast
+from keras_seq.base import autocast, call_layer, cast
 from keras_seq.checkpoints import rwkv as official
 from keras_seq.checkpoints.files import read_arrays, write_arrays
 from keras_seq.layers import RWKVBlock
@@ -31,8 +31,9 @@ class RWKV(LanguageModel):
         version: 4, 5, 6 or 7; of 5 also the older revisions `"5.0"` and `"5.1"`.
         head_dim: size of a head, from version 5 on; it divides `d_model`.
         hidden_dim: size inside the channel mixing; default that of the version.
-        l2_wrap: in training, this much of half the mean square of the largest logit of each token is added to the loss,
-            to its gradient only: the loss that is shown is the cross-entropy. Official: 1e-4.
+        l2_wrap: in training, without a loss in `compile`, this much of half the mean square of the largest logit of
+            each token is added to the loss, to its gradient only: the loss that is shown is the cross-entropy.
+            Official: 1e-4.
         state_tuning: whether the initial states S are the only weights that `fit` trains (versions 5 to 7). At first
             they are 0.
         checkpoint: whether `fit` computes each block a second time in the backward pass instead of keeping what is
@@ -73,12 +74,16 @@ class RWKV(LanguageModel):
     ):
         own = {k: kwargs.pop(k) for k in ("stateful", "name", "dtype", "trainable") if k in kwargs}
         super().__init__(vocab_size, pad_id, **own)
-        if version not in VERSIONS:
+        if version not in VERSIONS or not isinstance(version, int | str):
             raise ValueError(f"`version` must be one of {VERSIONS}. Received: version={version!r}")
         for name, size in {"d_model": d_model, "num_layers": num_layers}.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size!r}")
         self.version = int(version[0]) if isinstance(version, str) else version
+        if state_tuning and self.stateful:
+            raise ValueError(
+                "`state_tuning` trains the state before the first token, which `stateful` carries on from."
+            )
         if state_tuning and self.version == 4:
             raise ValueError("`state_tuning` is for versions 5 to 7, whose state is a matrix. Received: version=4")
         if self.version != 4 and (head_dim < 1 or d_model % head_dim):
@@ -135,10 +140,14 @@ class RWKV(LanguageModel):
         x, v_first, states = call_layer(self.ln0, call_layer(self.embedding, tokens)), None, []
         for block, before in zip(self.blocks, state, strict=True):
 
-            def run(x, v_first, block=block, before=before):
-                return block.mix(x, before, v_first, mask, training)
+            def run(x, v_first=None, block=block, before=before):
+                with autocast(block):  # also where it runs once more, in the backward pass
+                    x, v_first, after = block.mix(x, before, v_first, mask, training)
+                return (x, after) if v_first is None else (x, after, v_first)  # TensorFlow takes no None
 
-            x, v_first, after = (checkpointed(block, run) if training and self.checkpoint else run)(x, v_first)
+            given = (x,) if v_first is None else (x, v_first)
+            x, after, *value = (checkpointed(block, run) if training and self.checkpoint else run)(*given)
+            v_first = value[0] if value else None
             states.append(after)
         return call_layer(self.ln_out, x), tuple(states)
 

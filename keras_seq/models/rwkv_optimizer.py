@@ -44,7 +44,7 @@ class GroupedAdamW(keras.optimizers.AdamW):
         super().update_step(gradient, variable, learning_rate if multiple == 1 else learning_rate * multiple)
 
     def _use_weight_decay(self, variable):
-        return self._is_decayed[self._get_variable_index(variable)]
+        return self._is_decayed[self._get_variable_index(variable)] and super()._use_weight_decay(variable)
 
     def get_config(self):
         return super().get_config() | {"multiples": self.multiples, "decayed": self.decayed}

@@ -247,12 +247,33 @@ def _continued(model, prompt, state, count):
     return np.stack(rows)
 
 
+@pytest.mark.parametrize("version", [4, 7])
+def test_checkpointing_changes_nothing(version):
+    """Blocks that are computed a second time in the backward pass give the same step, under mixed precision too."""
+    tokens, results = np.random.default_rng(0).integers(1, V, (4, 8)), []
+    for checkpoint in (False, True):
+        keras.utils.set_random_seed(0)
+        model = model_of(version, checkpoint=checkpoint, dtype="mixed_bfloat16")
+        compile_for_test(model, keras.optimizers.SGD(0.1), None)
+        model.fit(tokens, epochs=1, batch_size=4, verbose=0)
+        results.append(model.get_weights())
+    close(results[1], results[0], 1e-2)
+
+
+def test_a_quantized_embedding_has_no_official_form(tmp_path):
+    model = model_of(7)
+    model.embedding.quantize("int8")
+    refused(lambda: model.to_checkpoint(tmp_path / "model.pth"), "quantized")
+
+
 def test_state_tuning_needs_a_matrix():
+    refused(lambda: models.RWKV(V, D, L, state_tuning=True, stateful=True), "state_tuning", "stateful")
     refused(lambda: models.RWKV(V, D, L, version=4, state_tuning=True), "state_tuning", "version=4")
 
 
 def test_wrong_arguments_are_refused():
     refused(lambda: models.RWKV(V, D, L, version=8), "version", "8")
+    refused(lambda: models.RWKV(V, D, L, version=5.0), "version", "5.0")
     refused(lambda: models.RWKV(V, D, 0), "num_layers", "0")
     refused(lambda: models.RWKV(V, D, L, head_dim=5), "head_dim", "5", "24")
     refused(lambda: layers.RWKVBlock(3), "version", "3")
