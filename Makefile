@@ -41,7 +41,7 @@ test: lint
 	printf "$$summary"; exit $$status
 
 bench: .venv/installed
-	@for backend in $(BACKENDS); do for script in recurrent attention training decoding; do \
+	@for backend in $(BACKENDS); do for script in recurrent attention training decoding rwkv; do \
 		echo "== $$script, $$backend"; \
 		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$script.py $(BENCH_ARGS) || exit 1; \
 	done; done
