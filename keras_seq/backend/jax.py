@@ -312,6 +312,8 @@ def _simple_rnn(x, h, kernel, recurrent_kernel, bias, mask):
 
 def slower_in_chunks(name, x, training):
     """Why the recurrence `name` of `keras_seq.ops.wkv` on `x` `(b, t, ...)` is faster step by step, or None."""
+    if not isinstance(x.shape[1], int):
+        return "the number of steps is not known"
     if x.shape[1] < 8:
         return "few steps"
     if (name == "wkv4" or not training) and jax.default_backend() == "cpu":
