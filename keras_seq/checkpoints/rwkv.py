@@ -34,8 +34,19 @@ def official_names(arrays):
 def config_of(arrays, path):
     """Arguments of `RWKV`, from the names and shapes in a checkpoint.
 
-    Raises: CheckpointError if it is of no version that is known.
+    Raises: CheckpointError if it is of no version that is known, or has sizes that no model has.
     """
+    config = _config_of(arrays, path)
+    wrong = {name: size for name, size in config.items() if isinstance(size, int) and size < 1}
+    if not wrong and config["d_model"] % config.get("head_dim", 1):
+        wrong = {name: config[name] for name in ("d_model", "head_dim")}
+    if wrong:
+        sizes = ", ".join(f"{name}={size}" for name, size in wrong.items())
+        raise CheckpointError(f"{path}: expected sizes from 1 on, and heads that divide d_model. Received: {sizes}")
+    return config
+
+
+def _config_of(arrays, path):
     shape = {name: array.shape for name, array in arrays.items()}
     blocks = {int(found[1]) for name in shape if (found := re.match(r"blocks\.(\d+)\.", name))}
     needed = ("emb.weight", "blocks.0.att.key.weight", "blocks.0.ffn.key.weight")
@@ -52,20 +63,28 @@ def config_of(arrays, path):
     config["hidden_dim"] = shape["blocks.0.ffn.key.weight"][0]
     if "blocks.0.ffn.s_emb.weight" in shape or any("qkv" in name or "rosa" in name for name in shape):
         raise CheckpointError(f"{path}: a later variant of RWKV-7, or RWKV-8. Expected version 4, 5, 6 or 7.")
+    config |= {"trainable_state": True} if "time_state" in att else {}
+
+    def last(name):
+        """The last size of a weight of the first block; 0 if it has none, or is not there."""
+        return (0, *att.get(name, ()))[-1]
+
     if "r_k" in att:
-        config |= {"version": 7, "head_dim": att["r_k"][-1]}
+        config |= {"version": 7, "head_dim": last("r_k")}
         ranks = {"decay_rank": "w1", "iclr_rank": "a1", "gate_rank": "g1"}
-        config |= {rank: att[name][-1] for rank, name in ranks.items() if name in att}
+        config |= {rank: last(name) for rank, name in ranks.items()}
         later = shape.get("blocks.1.att.v1")
         return config | ({"value_rank": later[-1]} if later else {})
     if "time_maa_w1" in att and "time_decay_w1" in att:
-        ranks = {"mix_rank": att["time_maa_w1"][-1] // 5, "decay_rank": att["time_decay_w1"][-1]}
-        return config | {"version": 6, "head_dim": att.get("time_faaaa", (0,))[-1]} | ranks
+        ranks = {"mix_rank": last("time_maa_w1") // 5, "decay_rank": last("time_decay_w1")}
+        return config | {"version": 6, "head_dim": last("time_faaaa")} | ranks
     if "ln_x.weight" in att and "time_decay" in att:
         decay = att["time_decay"]
         if len(decay) == 2 and decay[1] > 1:
             return config | {"version": "5.2", "head_dim": decay[1]}
-        return config | {"version": "5.1" if "gate.weight" in att else "5.0", "head_dim": d_model // max(decay[0], 1)}
+        heads = (0, *decay)[min(len(decay), 1)]
+        head_dim = d_model // heads if heads else 0
+        return config | {"version": "5.1" if "gate.weight" in att else "5.0", "head_dim": head_dim}
     if "time_first" in att:
         return config | {"version": 4}
     raise CheckpointError(
