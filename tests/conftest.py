@@ -5,6 +5,10 @@ import os
 
 import pytest
 
+# Arrays are small, and the workers of pytest keep the cores busy: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Each test compiles for a few calls only: XLA need not spend time on machine code that runs fast. Its older emitters

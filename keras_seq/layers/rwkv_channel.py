@@ -32,9 +32,7 @@ class RWKV4ChannelMixing(ChannelMixing):
     def build(self, input_shape):
         d = self.features = input_shape[-1]
         hidden = self.hidden_dim or self._default_hidden(d)
-        mix = self._channels() ** self.to_end
-        self._vector("time_mix_k", mix)
-        self._vector("time_mix_r", mix)
+        self._add_mixes()
         self._matrix("receptance", d, d)
         self._matrix("key", d, hidden, max(hidden / d, 1) ** 0.5 if self.tall_gain else 1.0)
         self._matrix("value", hidden, d)
@@ -42,9 +40,16 @@ class RWKV4ChannelMixing(ChannelMixing):
     def _default_hidden(self, d):
         return 4 * d
 
+    def _add_mixes(self):
+        for name in ("time_mix_k", "time_mix_r"):
+            self._vector(name, self._channels() ** self.to_end)
+
+    def _mixed(self, x, before):
+        """x_k and x_r."""
+        return before + (x - before) * self.time_mix_k, before + (x - before) * self.time_mix_r
+
     def mix(self, x, before):
-        x_k = before + (x - before) * self.time_mix_k
-        x_r = before + (x - before) * self.time_mix_r
+        x_k, x_r = self._mixed(x, before)
         k = ops.square(ops.relu(project(self.key_dense, x_k)))
         return ops.sigmoid(project(self.receptance_dense, x_r)) * project(self.value_dense, k)
 
@@ -65,7 +70,7 @@ class RWKV5ChannelMixing(RWKV4ChannelMixing):
 
 
 @keras.saving.register_keras_serializable("keras_seq")
-class RWKV6ChannelMixing(ChannelMixing):
+class RWKV6ChannelMixing(RWKV5ChannelMixing):
     """The channel mixing of RWKV-6: that of RWKV-5, whose mix is written from the present step on.
 
     `x_i = x_t + (x_{t-1} - x_t) mu_i` for i = k, r;  `y = sigmoid(x_r W_r) * (relu(x_k W_k)^2 W_v)`.
@@ -75,21 +80,12 @@ class RWKV6ChannelMixing(ChannelMixing):
     Source: Peng et al. 2024, arXiv:2404.05892, section 4.
     """
 
-    def build(self, input_shape):
-        d = self.features = input_shape[-1]
-        hidden = self.hidden_dim or max(d * 7 // 2 // 32, 1) * 32
-        mix = 1 - self._channels() ** self.to_end**3
-        self._vector("time_maa_k", mix)
-        self._vector("time_maa_r", mix)
-        self._matrix("receptance", d, d)
-        self._matrix("key", d, hidden, 1.0)
-        self._matrix("value", hidden, d)
+    def _add_mixes(self):
+        for name in ("time_maa_k", "time_maa_r"):
+            self._vector(name, 1 - self._channels() ** self.to_end**3)
 
-    def mix(self, x, before):
-        x_k = x + (before - x) * self.time_maa_k
-        x_r = x + (before - x) * self.time_maa_r
-        k = ops.square(ops.relu(project(self.key_dense, x_k)))
-        return ops.sigmoid(project(self.receptance_dense, x_r)) * project(self.value_dense, k)
+    def _mixed(self, x, before):
+        return x + (before - x) * self.time_maa_k, x + (before - x) * self.time_maa_r
 
 
 @keras.saving.register_keras_serializable("keras_seq")
