@@ -5,6 +5,7 @@ from keras_seq import decoding as decoding
 from keras_seq import initializers as initializers
 from keras_seq import layers as layers
 from keras_seq import models as models
+from keras_seq import plotting as plotting
 from keras_seq import states as states
 from keras_seq import testing as testing
 from keras_seq import text as text

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "decoding": {"base", "ops", "layers", "backend"},
     "checkpoints": {"base", "ops", "layers", "text"},
     "states": {"checkpoints"},
+    "plotting": set(),
     "models": {"base", "ops", "layers", "initializers", "decoding", "checkpoints", "text"},
 }
 MAY_IMPORT_ANYTHING = {"__init__", "testing"}
