@@ -9,6 +9,7 @@ from keras import ops, tree
 from keras.src.backend import AutocastScope, get_keras_mask  # the mask's attribute is not on traced arrays of JAX
 
 _KERAS_CONFIG = ("name", "dtype", "trainable")
+_OWN_ARGUMENTS = ("stateful", "name", "dtype", "trainable", "activity_regularizer", "autocast")
 
 
 class Configured(keras.layers.Layer):
@@ -294,6 +295,11 @@ class _Carried:
         if self.variables:
             # Copies: two parts of a first state may be one array, which two variables must not share.
             self.assign(tree.map_structure(ops.copy, layer.initial_state(self.variables[0].shape[0])))
+
+
+def own_arguments(kwargs):
+    """Takes out of `kwargs` those that `SequenceLayer` and Keras know: the rest is for the layers inside."""
+    return {name: kwargs.pop(name) for name in _OWN_ARGUMENTS if name in kwargs}
 
 
 def random_seed():

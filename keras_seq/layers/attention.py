@@ -108,6 +108,7 @@ class MultiHeadAttention(SequenceLayer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.input_spec = keras.InputSpec(min_ndim=3)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         window = sliding_window if window is None else window
         sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "max_length": max_length}
@@ -148,6 +149,7 @@ class MultiHeadAttention(SequenceLayer):
         self._drop = keras.layers.Dropout(dropout, seed=random_seed() if seed is None else seed)
 
     def build(self, query_shape, value_shape=None, key_shape=None):
+        self.input_spec = keras.InputSpec(min_ndim=3, axes={-1: query_shape[-1]})
         value_shape = tuple(query_shape if value_shape is None else value_shape)
         key_shape = tuple(value_shape if key_shape is None else key_shape)
         if value_shape[1:-1] != key_shape[1:-1]:

@@ -50,6 +50,7 @@ class FeedForward(SequenceLayer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.input_spec = keras.InputSpec(min_ndim=3)
         for name, size in {"hidden_dim": hidden_dim, "output_dim": output_dim}.items():
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size!r}")
@@ -63,6 +64,7 @@ class FeedForward(SequenceLayer):
 
     def build(self, input_shape):
         features = input_shape[-1]
+        self.input_spec = keras.InputSpec(min_ndim=3, axes={-1: features})
         hidden_dim = self.hidden_dim or 4 * features
         names = ("gate_dense", "hidden_dense") if self.gated else ("hidden_dense",)
         for name in names:

@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_seq.base import SequenceLayer, call_layer
+from keras_seq.base import SequenceLayer, call_layer, own_arguments
 from keras_seq.layers.prepared import norm_of
 from keras_seq.layers.rwkv_channel import RWKV4ChannelMixing, RWKV5ChannelMixing, RWKV6ChannelMixing, RWKV7ChannelMixing
 from keras_seq.layers.rwkv_time import RWKV4TimeMixing, RWKV5TimeMixing, RWKV6TimeMixing, RWKV7TimeMixing
@@ -39,10 +39,7 @@ class RWKVBlock(SequenceLayer):
     """
 
     def __init__(self, version=7, head_dim=64, hidden_dim=None, layer_index=0, num_layers=1, **kwargs):
-        own = {
-            k: kwargs.pop(k) for k in ("stateful", "name", "dtype", "trainable", "activity_regularizer") if k in kwargs
-        }
-        super().__init__(**own)
+        super().__init__(**own_arguments(kwargs))
         if version not in TIME_MIXING:
             raise ValueError(f"`version` must be one of {list(TIME_MIXING)}. Received: version={version!r}")
         self.version = version
@@ -54,7 +51,10 @@ class RWKVBlock(SequenceLayer):
         self.ln2 = keras.layers.LayerNormalization(**norm, name="ln2")
         self.channel_mixing = CHANNEL_MIXING[version](hidden_dim, **place, name="ffn")
 
+        self.input_spec = keras.InputSpec(ndim=3)
+
     def build(self, input_shape):
+        self.input_spec = keras.InputSpec(ndim=3, axes={-1: input_shape[-1]})
         for part in (self.ln1, self.time_mixing, self.ln2, self.channel_mixing):
             if not part.built:
                 part.build(tuple(input_shape))

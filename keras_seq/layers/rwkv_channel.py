@@ -30,7 +30,8 @@ class RWKV4ChannelMixing(ChannelMixing):
     tall_gain = True  # an orthogonal matrix with more columns than rows has sqrt(columns / rows) as its gain
 
     def build(self, input_shape):
-        d = self.features = input_shape[-1]
+        super().build(input_shape)
+        d = self.features
         hidden = self.hidden_dim or self._default_hidden(d)
         self._add_mixes()
         self._matrix("receptance", d, d)
@@ -107,7 +108,8 @@ class RWKV7ChannelMixing(ChannelMixing):
     """
 
     def build(self, input_shape):
-        d = self.features = input_shape[-1]
+        super().build(input_shape)
+        d = self.features
         hidden = self.hidden_dim or 4 * d
         self._vector("x_k", 1 - self._channels() ** self.to_end**4)
         self._matrix("key", d, hidden, 1.0)

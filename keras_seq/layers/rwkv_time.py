@@ -44,7 +44,8 @@ class RWKV4TimeMixing(RWKVLayer):
     """
 
     def build(self, input_shape):
-        d = self.features = input_shape[-1]
+        super().build(input_shape)
+        d = self.features
         mix = self._channels() ** self.to_end
         self._vector("time_mix_k", mix)
         self._vector("time_mix_v", mix + 0.3 * self.from_first)

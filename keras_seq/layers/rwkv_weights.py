@@ -4,6 +4,7 @@ The initial values are those of the official training code (RWKV-LM, `RWKV-v4neo
 `RWKV-v7/train_temp/src/model.py`). They depend on where in the model a layer is.
 """
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -26,6 +27,11 @@ class RWKVLayer(SequenceLayer):
             )
         self.layer_index, self.num_layers = layer_index, num_layers
         self.features = self.heads = 0  # until it is built
+        self.input_spec = keras.InputSpec(ndim=3)
+
+    def build(self, input_shape):
+        self.features = input_shape[-1]
+        self.input_spec = keras.InputSpec(ndim=3, axes={-1: self.features})
 
     @property
     def from_first(self):
@@ -121,7 +127,7 @@ class TimeMixing(RWKVLayer):
         self.head_dim, self.trainable_state = head_dim, trainable_state
 
     def build(self, input_shape):
-        self.features = input_shape[-1]
+        super().build(input_shape)
         if self.features % self.head_dim:
             raise ValueError(
                 f"{self._title}: `head_dim` must divide the size of the input, {self.features}. "

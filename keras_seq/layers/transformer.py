@@ -61,6 +61,7 @@ class TransformerBlock(SequenceLayer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.input_spec = keras.InputSpec(ndim=3)
         if norm not in NORMS:
             raise ValueError(f"`norm` must be one of {list(NORMS)}. Received: norm={norm!r}")
         self.norm_first, self.dropout = norm_first, dropout
@@ -104,6 +105,7 @@ class TransformerBlock(SequenceLayer):
         return self.attention.needs_future
 
     def build(self, input_shape):
+        self.input_spec = keras.InputSpec(ndim=3, axes={-1: input_shape[-1]})
         for part in (self.attention_norm, self.attention, self.feedforward_norm, self.feedforward):
             if not part.built:
                 part.build(tuple(input_shape))

@@ -48,6 +48,7 @@ class EncoderDecoder(LanguageModel):
         **kwargs,
     ):
         super().__init__(target_vocab_size, pad_id, **kwargs)
+        self.input_spec = None  # the first argument is a pair, or the target alone
         if source_vocab_size < 1:
             raise ValueError(
                 f"`source_vocab_size` must be a positive integer. Received: source_vocab_size={source_vocab_size!r}"

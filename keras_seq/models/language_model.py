@@ -31,6 +31,7 @@ class LanguageModel(SequenceLayer, keras.Model):
 
     def __init__(self, vocab_size, pad_id=0, **kwargs):
         super().__init__(**kwargs)
+        self.input_spec = keras.InputSpec(ndim=2)
         if vocab_size < 1:
             raise ValueError(f"`vocab_size` must be a positive integer. Received: vocab_size={vocab_size!r}")
         if pad_id is not None and not 0 <= pad_id < vocab_size:

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_seq import initializers
-from keras_seq.base import autocast, call_layer, cast
+from keras_seq.base import autocast, call_layer, cast, own_arguments
 from keras_seq.checkpoints import rwkv as official
 from keras_seq.checkpoints.files import read_arrays, write_arrays
 from keras_seq.layers import RWKVBlock
@@ -72,13 +72,16 @@ class RWKV(LanguageModel):
         pad_id=0,
         **kwargs,
     ):
-        own = {k: kwargs.pop(k) for k in ("stateful", "name", "dtype", "trainable") if k in kwargs}
-        super().__init__(vocab_size, pad_id, **own)
+        super().__init__(vocab_size, pad_id, **own_arguments(kwargs))
         if version not in VERSIONS or not isinstance(version, int | str):
             raise ValueError(f"`version` must be one of {VERSIONS}. Received: version={version!r}")
         for name, size in {"d_model": d_model, "num_layers": num_layers}.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size!r}")
+        if kwargs.get("revision", version) != version:
+            raise ValueError(f"`revision` is part of `version`. Received: {version=}, revision={kwargs['revision']!r}")
+        if not isinstance(l2_wrap, int | float) or l2_wrap < 0:
+            raise ValueError(f"`l2_wrap` must be a number from 0 on. Received: l2_wrap={l2_wrap!r}")
         self.version = int(version[0]) if isinstance(version, str) else version
         if state_tuning and self.stateful:
             raise ValueError(
@@ -128,8 +131,21 @@ class RWKV(LanguageModel):
                 **self.policy_of_next(),
                 name="head",
             )
-        if self.state_tuning:
-            for weight in self.weights:
+        self._freeze()
+
+    @property
+    def trainable(self):
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.Model.trainable.fset(self, value)
+        self._freeze()
+
+    def _freeze(self):
+        """Under `state_tuning` whatever is trainable, other than the states, is not."""
+        if getattr(self, "state_tuning", False):
+            for weight in self.trainable_weights:
                 weight.trainable = weight.name == "time_state"
 
     def initial_state(self, batch_size, max_length=None):
@@ -189,7 +205,8 @@ class RWKV(LanguageModel):
             **kwargs: more arguments of the constructor: `state_tuning`, `l2_wrap`, `checkpoint`, `dtype`, ... Version
                 and sizes are told by the names and shapes in the file.
 
-        Raises: CheckpointError for a file that is damaged, or no checkpoint of a version that is known.
+        Raises: CheckpointError for a file that is damaged, or no checkpoint of a version that is known. ValueError for
+            an argument that contradicts the file.
 
         Example:
 
@@ -199,6 +216,10 @@ class RWKV(LanguageModel):
         """
         arrays = official.official_names(read_arrays(path))
         config = official.config_of(arrays, path)
+        for name in config.keys() & kwargs.keys():
+            same = {config[name]} | ({5} if config[name] == "5.2" else set())
+            if kwargs[name] not in same:
+                raise ValueError(f"{path} has {name}={config[name]!r}. Received: {name}={kwargs[name]!r}")
         with initializers.without_drawing():
             model = cls(**config | kwargs, pad_id=pad_id)
             model._built()

@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_seq.layers.rwkv_weights import RWKVLayer
+
 _MATRICES = ("kernel", "embeddings", "time_state")
 _MULTIPLES = {"w0": 2.0, "time_decay": 2.0, "time_first": 3.0}
 
@@ -12,7 +14,8 @@ class GroupedAdamW(keras.optimizers.AdamW):
 
     Args:
         learning_rate: as in `keras.optimizers.AdamW`.
-        multiples: `{name of a weight: multiple of the learning rate}`; the others have 1.
+        multiples: `{name of a weight: multiple of the learning rate}`; the others have 1. Weight decay, which is a part
+            of the learning rate, has the same multiple.
         decayed: names of the weights that weight decay is for, or None for all.
         **kwargs: `weight_decay`, `beta_1`, `beta_2`, `epsilon`, `clipnorm` and the others of `keras.optimizers.AdamW`.
 
@@ -41,7 +44,14 @@ class GroupedAdamW(keras.optimizers.AdamW):
         # to reshape it makes it dense.
         gradient = keras.ops.reshape(gradient, variable.shape)
         multiple = self._multiple_of[self._get_variable_index(variable)]
-        super().update_step(gradient, variable, learning_rate if multiple == 1 else learning_rate * multiple)
+        learning_rate = learning_rate if multiple == 1 else learning_rate * multiple
+        if self.weight_decay and self._use_weight_decay(variable):
+            part = keras.ops.cast(learning_rate, variable.dtype) * self.weight_decay
+            self.assign_sub(variable, variable * part)
+        super().update_step(gradient, variable, learning_rate)
+
+    def _apply_weight_decay(self, variables):
+        """Done in `update_step`, which knows the multiples."""
 
     def _use_weight_decay(self, variable):
         return self._is_decayed[self._get_variable_index(variable)] and super()._use_weight_decay(variable)
@@ -66,6 +76,8 @@ def rwkv_optimizer(model, learning_rate=6e-4, weight_decay=0.001, **kwargs):
     Returns:
         an optimizer that is compiled, saved and loaded as any of Keras.
 
+    Raises: ValueError for a model without a layer of RWKV.
+
     Source: RWKV-LM, `RWKV-v7/train_temp/src/model.py` and `RWKV-v5/src/model.py`, `configure_optimizers`.
 
     Example:
@@ -74,5 +86,7 @@ def rwkv_optimizer(model, learning_rate=6e-4, weight_decay=0.001, **kwargs):
         schedule = keras.optimizers.schedules.CosineDecay(0.0, 1000, warmup_target=6e-4, warmup_steps=10, alpha=0.1)
         model.compile(keras_seq.models.rwkv_optimizer(model, schedule))
     """
+    if not any(isinstance(layer, RWKVLayer) for layer in model._flatten_layers()):
+        raise ValueError(f"expected a model with layers of RWKV. Received: {model!r}")
     official = {"beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-18, "weight_decay": weight_decay}
     return GroupedAdamW(learning_rate, _MULTIPLES, _MATRICES, **official | kwargs)

@@ -154,6 +154,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(name, array, words, tmp_path)
     assert all(word in str(error.value) for word in ["wrong.safetensors", *words]), error.value
 
 
+def test_arguments_that_contradict_a_checkpoint_are_refused(files):
+    path = files("5.2")
+    assert models.RWKV.from_checkpoint(path, version=5, d_model=D).d_model == D
+    for name, value in {"version": 7, "d_model": D + 1, "head_dim": 1}.items():
+        with pytest.raises(ValueError, match=rf"\.pth has {name}=.*\. Received: {name}={value}"):
+            models.RWKV.from_checkpoint(path, **{name: value})
+
+
 def test_a_refused_checkpoint_changes_nothing(tmp_path):
     """A missing weight is found before the first is assigned."""
     from keras_seq.checkpoints import rwkv

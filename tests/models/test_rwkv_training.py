@@ -147,13 +147,15 @@ def test_groups_of_the_optimizer():
     rng = np.random.default_rng(0)
     for weight in model.trainable_weights:  # no weight may have a gradient of 0
         weight.assign(ops.convert_to_numpy(weight) + 0.1 * rng.normal(size=weight.shape))
-    moved = one_step(model, models.rwkv_optimizer(model, 0.01, weight_decay=0.5))
+    optimizer = models.rwkv_optimizer(model, 0.01, weight_decay=0.5)
+    optimizer.multiples["embeddings"] = 3.0
+    moved = one_step(model, optimizer)
     for name, (step, before) in moved.items():
         last = name.split("/")[-1]
+        rate = 0.01 * {"w0": 2, "embeddings": 3}.get(last, 1)
         if last in ("kernel", "embeddings"):
-            step = step + 0.01 * 0.5 * before
-        largest = np.abs(step).max()
-        np.testing.assert_allclose(largest, 0.02 if last == "w0" else 0.01, rtol=1e-3, err_msg=name)
+            step = step + rate * 0.5 * before
+        np.testing.assert_allclose(np.abs(step).max(), rate, rtol=1e-3, err_msg=name)
 
 
 def test_the_optimizer_is_saved_and_goes_on(tmp_path):
@@ -179,6 +181,11 @@ def test_the_optimizer_is_saved_and_goes_on(tmp_path):
 
 def test_wrong_multiples_are_refused():
     refused(lambda: models.GroupedAdamW(multiples={"bias": -1.0}), "multiples", "-1")
+
+
+def test_a_model_without_rwkv_has_no_official_groups():
+    model = models.RecurrentLM(V, D)
+    refused(lambda: models.rwkv_optimizer(model), "RWKV", "RecurrentLM")
 
 
 def test_l2_wrap():
@@ -232,6 +239,10 @@ def test_state_tuning(version, tmp_path):
     assert all(np.any(ops.convert_to_numpy(of_time[1])) for of_time, _ in state)
     expected = _continued(model, [3, 4], tuned.initial_state(1), 6).argmax(-1)
     np.testing.assert_array_equal(tuned.generate([3, 4], 6), expected)
+    tuned.trainable = False
+    assert not tuned.trainable_weights
+    tuned.trainable = True
+    assert [weight.name for weight in tuned.trainable_weights] == ["time_state"]
     tuned.to_checkpoint(tmp_path / "tuned.pth")
     again = models.RWKV.from_checkpoint(tmp_path / "tuned.pth", pad_id=0)  # the file says that there are such states
     close(again(tokens), tuned(tokens), 1e-6)
@@ -276,6 +287,9 @@ def test_wrong_arguments_are_refused():
     refused(lambda: models.RWKV(V, D, L, version=5.0), "version", "5.0")
     refused(lambda: models.RWKV(V, D, 0), "num_layers", "0")
     refused(lambda: models.RWKV(V, D, L, head_dim=5), "head_dim", "5", "24")
+    refused(lambda: models.RWKV(V, D, L, version="5.1", revision="5.2"), "revision", "5.1", "5.2")
+    refused(lambda: models.RWKV(V, D, L, l2_wrap="a"), "l2_wrap", "'a'")
+    refused(lambda: models.RWKV(V, D, L, l2_wrap=-1), "l2_wrap", "-1")
     refused(lambda: layers.RWKVBlock(3), "version", "3")
     refused(lambda: layers.RWKV7TimeMixing(5).build((None, None, 8)), "head_dim", "5", "8")
     refused(lambda: layers.RWKV7TimeMixing(4, layer_index=2, num_layers=2), "layer_index", "2")
