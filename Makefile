@@ -3,7 +3,7 @@
 #   make demo      learns to pronounce English in four minutes (KERAS_BACKEND=torch make demo: on another backend)
 #   make test      lint, then the whole suite once per backend
 #   make bench     the tables of docs/benchmarks.md, once per backend
-#   make docs      the documentation, in site/
+#   make docs      the documentation, in site/; make docs-serve shows it on http://127.0.0.1:8000 while you write
 #   make lint      style and format
 
 PYTHON ?= python3
@@ -17,7 +17,9 @@ BACKENDS ?= tensorflow jax torch
 WORKERS ?= 2
 # For example: make test BACKENDS=jax PYTEST_ARGS="-x -k lstm"
 PYTEST_ARGS ?=
-# For example: make bench BENCH_ARGS=--quick
+# For example: make bench BENCHMARKS=rwkv BACKENDS=jax
+BENCHMARKS ?= recurrent attention training decoding rwkv
+# For example: make bench BENCH_ARGS=--quick, which leaves the page of benchmarks as it is
 BENCH_ARGS ?=
 
 export KERAS_BACKEND ?= jax
@@ -25,7 +27,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 BIN := .venv/bin
 
-.PHONY: demo test bench docs lint
+.PHONY: demo test bench docs docs-serve lint
 
 demo: .venv/installed
 	$(BIN)/python examples/pronounce.py
@@ -41,13 +43,19 @@ test: lint
 	printf "$$summary"; exit $$status
 
 bench: .venv/installed
-	@for backend in $(BACKENDS); do for script in recurrent attention training decoding rwkv; do \
+	@for backend in $(BACKENDS); do for script in $(BENCHMARKS); do \
 		echo "== $$script, $$backend"; \
-		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$script.py $(BENCH_ARGS) || exit 1; \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$script.py \
+			$(or $(BENCH_ARGS),--json benchmarks/results/$${script}_$$backend.json) || exit 1; \
 	done; done
+	$(if $(BENCH_ARGS),,$(BIN)/python benchmarks/page.py)
 
 docs: .venv/installed
+	$(BIN)/python docs/reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 lint: .venv/installed
 	$(BIN)/ruff check --quiet .

@@ -5,6 +5,7 @@ them; a ratio is the median of the ratios within a round; the first contender of
 name, and how far that null ratio is from 1 is the noise of the row.
 """
 
+import datetime
 import gc
 import json
 import operator
@@ -168,9 +169,12 @@ def _cell(value, name, line):
 
 
 def save(path, results, **about):
-    """Writes results as JSON, with what they were measured on."""
+    """Writes results as JSON, with what they were measured on, when, and by which command."""
+    words = [word for word, before in zip(sys.argv, ["", *sys.argv], strict=False) if "--json" not in (word, before)]
+    command = f"KERAS_BACKEND={about['backend']} python benchmarks/{os.path.basename(words[0])} {' '.join(words[1:])}"
+    about |= {"date": datetime.date.today().isoformat(), "command": command.strip(), "machine": machine()}
     with open(path, "w") as file:
-        json.dump({**about, "machine": machine(), "results": results}, file, indent=1)
+        json.dump({**about, "results": results}, file, indent=1)
 
 
 def machine():

@@ -7,7 +7,7 @@ a script calls `matplotlib.pyplot.show()` or `figure.savefig("picture.png")`.
 import numpy as np
 from keras import ops
 
-__all__ = ["alignments", "attention_maps", "curves", "decay", "heatmap"]
+__all__ = ["alignments", "attention_maps", "bars", "curves", "decay", "heatmap"]
 
 
 def curves(lines, xlabel, ylabel, title="", x=None, log="", marker=None, **style):
@@ -55,6 +55,40 @@ def curves(lines, xlabel, ylabel, title="", x=None, log="", marker=None, **style
     return figure
 
 
+def bars(values, xlabel, title="", reference=None, log=False):
+    """Values beside their names, from top to bottom: ratios of a benchmark, parameters of models.
+
+    Args:
+        values: `{name: value}`.
+        xlabel: what the values are, with their unit.
+        title: of the figure.
+        reference: where a vertical line stands: values from there on are drawn darker; default none.
+        log: whether the axis of the values is logarithmic.
+
+    Returns:
+        the figure, as high as there are values.
+
+    Example:
+
+        figure = keras_seq.plotting.bars({"LSTM": 3.1, "GRU": 2.9}, "times as fast", reference=1.0)
+    """
+    figure, axes = _pyplot().subplots(figsize=(8, 1.2 + 0.26 * len(values)))
+    names, lengths = list(values), [float(value) for value in values.values()]
+    dark = [reference is None or value >= reference for value in lengths]
+    shown = axes.barh(range(len(names)), lengths, color=["tab:blue" if d else "lightsteelblue" for d in dark])
+    axes.bar_label(shown, [f"{value:.3g}" for value in lengths], padding=3)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, title=title)
+    if log:
+        axes.set_xscale("log")
+    axes.margins(x=0.12, y=0.01)
+    if reference is not None:
+        axes.axvline(reference, color="black", linewidth=0.8)
+    figure.tight_layout()
+    return figure
+
+
 def heatmap(values, xlabel="", ylabel="", title="", symmetric=False):
     """An array as colours: positional encodings, states over time.
 
@@ -77,7 +111,7 @@ def heatmap(values, xlabel="", ylabel="", title="", symmetric=False):
     if values.ndim != 2:
         raise ValueError(f"values must be (rows, columns), not of shape {values.shape}")
     figure, axes = _pyplot().subplots(figsize=(6, 4))
-    limit = np.abs(values).max() if symmetric else None
+    limit = float(np.abs(values).max())
     colours = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if symmetric else {"cmap": "viridis"}
     figure.colorbar(axes.imshow(values, aspect="auto", interpolation="nearest", **colours))
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)

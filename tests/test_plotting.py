@@ -44,6 +44,16 @@ def test_curves_refuse():
         plotting.curves({"a": [1, 2]}, "", "", log="z")
 
 
+def test_bars():
+    axes = plotting.bars({"a": 2.0, "b": 0.5}, "times", "title", reference=1.0, log=True).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [2.0, 0.5]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in axes.texts] == ["2", "0.5"]
+    assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_title()) == ("log", "times", "title")
+    assert list(axes.lines[0].get_xdata()) == [1, 1]
+
+
 def test_heatmap():
     values = np.arange(-6.0, 6).reshape(3, 4)
     image = plotting.heatmap(ops.convert_to_tensor(values), "column", "row", symmetric=True).axes[0].images[0]
