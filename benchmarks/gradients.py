@@ -47,7 +47,7 @@ def in_torch(function, arrays, mask, projection, layer):
 def in_jax(function, arrays, mask, projection, layer):
     import jax
 
-    variables = [] if layer is None else layer.variables
+    variables = [] if layer is None else layer.trainable_variables
 
     def loss(weights, arrays, mask, projection):
         with keras.StatelessScope(state_mapping=list(zip(variables, weights, strict=True))):

@@ -5,7 +5,13 @@ import keras
 from keras_seq.base import SequenceLayer, call_layer, own_arguments
 from keras_seq.layers.prepared import norm_of
 from keras_seq.layers.rwkv_channel import RWKV4ChannelMixing, RWKV5ChannelMixing, RWKV6ChannelMixing, RWKV7ChannelMixing
-from keras_seq.layers.rwkv_time import RWKV4TimeMixing, RWKV5TimeMixing, RWKV6TimeMixing, RWKV7TimeMixing
+from keras_seq.layers.rwkv_time import (
+    RWKV4TimeMixing,
+    RWKV5TimeMixing,
+    RWKV6TimeMixing,
+    RWKV7TimeMixing,
+    stepper_of,
+)
 
 TIME_MIXING = {4: RWKV4TimeMixing, 5: RWKV5TimeMixing, 6: RWKV6TimeMixing, 7: RWKV7TimeMixing}
 CHANNEL_MIXING = {4: RWKV4ChannelMixing, 5: RWKV5ChannelMixing, 6: RWKV6ChannelMixing, 7: RWKV7ChannelMixing}
@@ -78,6 +84,9 @@ class RWKVBlock(SequenceLayer):
         x = x + y
         y, of_channels = self.channel_mixing.advance(call_layer(self.ln2, x), of_channels, mask, training)
         return x + y, v_first, (of_time, of_channels)
+
+    def stepper(self, batch_size, steps=1):
+        return stepper_of(self, batch_size, steps)
 
     def mix_stepper(self, batch_size, steps=1):
         """`mix` on single steps `(b, d)`, made ready as by `stepper`; None if there is nothing to be gained."""

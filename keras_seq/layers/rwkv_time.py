@@ -328,6 +328,9 @@ class RWKV7TimeMixing(TimeMixing):
         y = y + ops.sum(r * k * self._precise(self.r_k), axis=-1, keepdims=True) * v
         return project(self.output_dense, self._joined(y) * g), v_first, (last, s)
 
+    def stepper(self, batch_size, steps=1):
+        return stepper_of(self, batch_size, steps)
+
     def mix_stepper(self, batch_size, steps=1):
         """`mix` on single steps `(b, d)`, made ready as by `stepper`; None if a matrix is more than a product."""
         dense = self.receptance_dense, self.key_dense, self.value_dense, self.output_dense
@@ -370,6 +373,19 @@ class RWKV7TimeMixing(TimeMixing):
             return project_out(reshape(y, together) * g), v_first, (x, s)
 
         return step
+
+
+def stepper_of(layer, batch_size, steps):
+    """`stepper` of a layer that has a `mix_stepper`, and is the first of its kind in a model."""
+    mix = layer.mix_stepper(batch_size, steps)
+    if mix is None:
+        return layer.advance_one
+
+    def step(x_t, state):
+        y, _, state = mix(x_t, state, None)
+        return y, state
+
+    return step
 
 
 def _zigzag(d):

@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 import pytest
-from cases import close
+from cases import close, normal
 from keras import ops
 
-from keras_seq import backend, models
+from keras_seq import backend, layers, models
 
 VOCAB, MANY = 23, 64  # steps: enough for weights to be laid out anew
 
@@ -67,6 +67,26 @@ def test_rwkv(version, rows):
     tokens = rng.integers(1, VOCAB, (rows, 6)).astype("int32")
     state = model(tokens[:, :3], return_state=True)[1]
     expected, got = (compiled_steps(model, state, tokens[:, 3:], ready) for ready in (False, True))
+    close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.RWKV7TimeMixing(8),
+        lambda: layers.RWKVBlock(7, head_dim=8),
+        lambda: layers.RWKVBlock(6, head_dim=8),
+    ],
+    ids=["RWKV7TimeMixing", "RWKVBlock", "RWKVBlock of RWKV-6"],
+)
+def test_layers_of_rwkv(make):
+    layer = make()
+    layer.build((None, None, 16))
+    layer.built = True
+    layer.set_weights([w + 0.2 * normal(*w.shape, seed=i) for i, w in enumerate(layer.get_weights())])
+    x = ops.convert_to_tensor(normal(2, 5, 16))
+    _, state = layer(x[:, :4], return_state=True)
+    expected, got = (backend.current().compiled(f, layer)(x[:, 4], state) for f in (layer.step, layer.stepper(2, MANY)))
     close(got, expected, 1e-5)
 
 
