@@ -18,7 +18,7 @@ WORKERS ?= 2
 # For example: make test BACKENDS=jax PYTEST_ARGS="-x -k lstm"
 PYTEST_ARGS ?=
 # For example: make bench BENCHMARKS=rwkv BACKENDS=jax
-BENCHMARKS ?= recurrent attention training decoding rwkv
+BENCHMARKS ?= recurrent attention training decoding rwkv choosing
 # For example: make bench BENCH_ARGS=--quick, which leaves the page of benchmarks as it is
 BENCH_ARGS ?=
 
@@ -52,7 +52,8 @@ bench: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/python docs/reference.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@# Not --quiet, which keeps the warnings from --strict as well.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

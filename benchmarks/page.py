@@ -1,7 +1,8 @@
-"""Writes the tables and pictures of docs/benchmarks.md from the JSON files in benchmarks/results/.
+"""Writes the tables and pictures of docs/benchmarks.md and docs/choosing.md from the JSON files of benchmarks/results/.
 
-`make bench` writes these files and runs this script. The words of the page are written by hand; what stands between
-`<!-- results: NAME -->` and `<!-- end -->` comes from here: the results of `benchmarks/NAME.py` on each backend.
+`make bench` writes these files and runs this script. The words of the pages are written by hand; what stands between
+`<!-- results: NAME -->` and `<!-- end -->` comes from here: the results of `benchmarks/NAME.py` on each backend, a line
+for each contender. `<!-- pivot: NAME -->` gives each contender a column.
 
     python benchmarks/page.py
 """
@@ -12,26 +13,34 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "choosing.md")]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "assets" / "benchmarks"
 BACKENDS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
-REGION = re.compile(r"<!-- results: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+REGION = re.compile(r"<!-- (results|pivot): (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 AGAIN = ", again"
 
 
 def page(text, results=RESULTS):
     """The text of the page with all its regions written anew."""
-    return REGION.sub(lambda found: f"<!-- results: {found[1]} -->\n\n{region(found[1], results)}<!-- end -->", text)
+
+    def anew(found):
+        kind, script = found.groups()
+        return f"<!-- {kind}: {script} -->\n\n{region(kind, script, results)}<!-- end -->"
+
+    return REGION.sub(anew, text)
 
 
-def region(script, results=RESULTS):
+def region(kind, script, results=RESULTS):
     """The results of one script: for each backend what they were measured on, a picture and a table."""
     parts = []
     for backend, title in BACKENDS.items():
         path = results / f"{script}_{backend}.json"
         if path.exists():
             run = json.loads(path.read_text())
+            if kind == "pivot":
+                parts += [f"### {title}\n", measured_on(run), pivot(run["results"])]
+                continue
             picture = [f"![{script} on {title}](assets/benchmarks/{path.stem}.png)\n"] if compared(run) else []
             parts += [f"### {title}, `{script}`\n", measured_on(run), *picture, table(run["results"])]
     return "\n".join(parts) + "\n" if parts else "Not measured yet.\n\n"
@@ -67,6 +76,22 @@ def table(lines):
     return "\n".join(rows) + "\n"
 
 
+def pivot(lines):
+    """A row for each row, a column for each contender: ratios of times, and sizes as they are."""
+    lines = [line for line in lines if not line["contender"].endswith(AGAIN)]
+    columns = list(dict.fromkeys(line["contender"] for line in lines))
+    rows = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in dict.fromkeys(line["row"] for line in lines):
+        of_row = {line["contender"]: line for line in lines if line["row"] == row}
+        cells = (_cell(of_row[name]) if name in of_row else "" for name in columns)
+        rows.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _cell(line):
+    return _digits(line.get("ratio", 1.0)) if line["unit"] == "ms" else f"{line['median']:,.0f} {line['unit']}"
+
+
 def compared(run):
     """`{label: ratio}` of the times of other libraries, in the order of the table."""
     return {
@@ -88,7 +113,7 @@ def pictures():
     PICTURES.mkdir(parents=True, exist_ok=True)
     for path in sorted(RESULTS.glob("*.json")):
         run = json.loads(path.read_text())
-        if ratios := compared(run):
+        if (ratios := compared(run)) and not path.stem.startswith("choosing"):
             figure = plotting.bars(ratios, "time of the other / time of keras_seq", reference=1.0, log=True)
             figure.savefig(PICTURES / f"{path.stem}.png", dpi=80, metadata={"Software": None})
             pyplot.close(figure)
@@ -104,5 +129,6 @@ if __name__ == "__main__":
     import matplotlib
 
     matplotlib.use("Agg")
-    PAGE.write_text(page(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(page(path.read_text()))
     pictures()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import keras
@@ -64,13 +65,24 @@ def test_a_region_is_written_anew(results):
     ]
 
 
+def test_a_pivot_has_a_column_for_each_contender(results):
+    written = load().page("<!-- pivot: speed -->\n<!-- end -->\n", results)
+    assert [line for line in written.splitlines() if line.startswith("| ")] == [
+        "| | keras_seq | other | t = 2 |",
+        "| train | 1.00 | 2.00 |  |",
+        "| growth |  |  | 0.0123 |",
+        "| count | 0 compilations |  |  |",
+    ]
+
+
 def test_the_picture_compares_with_other_libraries_alone():
     assert load().compared(RUN) == {"train: other": 2.0}
 
 
 def test_the_page_is_up_to_date():
     page = load()
-    assert page.PAGE.read_text() == page.page(page.PAGE.read_text()), "run: python benchmarks/page.py"
-    for path in page.RESULTS.glob("*.json"):
-        run = json.loads(path.read_text())
-        assert not page.compared(run) or (page.PICTURES / f"{path.stem}.png").exists()
+    for path in page.PAGES:
+        text = path.read_text()
+        assert text == page.page(text), "run: python benchmarks/page.py"
+        for picture in re.findall(r"\]\((assets/benchmarks/.*?)\)", text):
+            assert (ROOT / "docs" / picture).exists()
