@@ -28,6 +28,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if os.environ.get("KERAS_BACKEND") in ("jax", "tensorflow"):
     collect_ignore = [
         "test_arrows.py",
+        "test_site.py",
         "text",
         *(f"checkpoints/test_{name}.py" for name in ("files", "pth", "safetensors")),
     ]

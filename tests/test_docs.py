@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import runpy
 import textwrap
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 import keras_seq
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "README.md"]
+DOCS = ROOT / "docs"
+PAGES = [page for page in [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"] if "```python\n" in page.read_text()]
+REFERENCE = runpy.run_path(str(DOCS / "reference.py"))
 INTERNAL = {"backend", "base", "ops"}
 MODULES = ["keras_seq"] + sorted(
     f"keras_seq.{path.stem}"
@@ -49,9 +52,73 @@ NAMES = {name: value for module in MODULES for name, value in public(module).ite
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_has_a_page(module):
-    page = ROOT / "docs" / "api" / f"{module.removeprefix('keras_seq.')}.md"
-    assert f"::: {module}\n" in page.read_text()
-    assert f"api/{page.name}" in (ROOT / "mkdocs.yml").read_text()
+    """Its page shows all that is public, or is a table of links to a page for each name."""
+    name = module.removeprefix("keras_seq.")
+    text = (DOCS / "api" / f"{name}.md").read_text()
+    assert is_listed(f"{name}.md")
+    if module not in REFERENCE["FAMILIES"]:
+        assert f"::: {module}\n" in text
+    for one in public(module) if module in REFERENCE["FAMILIES"] else ():
+        page = f"{name}/{one.rpartition('.')[2]}.md"
+        assert f"]({page})" in text
+        assert f"::: {one}\n" in (DOCS / "api" / page).read_text()
+        assert is_listed(page), f"mkdocs.yml does not list api/{page}"
+
+
+def is_listed(page):
+    """Whether the navigation of the site has a page of docs/api."""
+    return re.search(rf"[ :]api/{re.escape(page)}$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+
+
+def test_reference_is_fresh():
+    """Each page is what `docs/reference.py` would write now."""
+    written = {f"{package.rpartition('.')[2]}.md" for package in REFERENCE["FAMILIES"]}
+    written |= {str(page.relative_to(DOCS / "api")) for page in (DOCS / "api").glob("*/*.md")}
+    wanted = REFERENCE["pages"]()
+    assert written == set(wanted), "run: make docs"
+    stale = [page for page, text in wanted.items() if (DOCS / "api" / page).read_text() != text]
+    assert not stale, "run: make docs"
+
+
+def test_docstring_becomes_markdown():
+    """Equations get lines of their own, names links, and each kind of heading is bold."""
+    pytest.importorskip("griffe", reason="needs the tools of the documentation")
+    markdown = runpy.run_path(str(DOCS / "docstrings.py"))["markdown"]
+    docstring = """Doubles, as `Half` halves.
+
+`a = f(x; 1)`; `b = a`, `y = b` for all x. Then more.
+
+Args:
+    one, two,
+        three: three of them.
+    The others: as in `Twice`.
+
+Args, Call, Raises: as in `Half(1)`.
+
+Example:
+
+    y = Twice("`Half`")
+"""
+    expected = """Doubles, as [`Half`][a.Half] halves.
+
+`a = f(x; 1)`<br>
+`b = a`<br>
+`y = b` for all x.<br>
+Then more.
+{: .equations }
+
+Args:
+    one, two, three: three of them.
+
+The others: as in `Twice`.
+
+**Args, Call, Raises:** as in [`Half(1)`][a.Half].
+
+**Example:**
+
+    y = Twice("`Half`")
+"""
+    assert markdown(docstring, {"Half": "a.Half", "Twice": "a.Twice"}, "Twice") == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
