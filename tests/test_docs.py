@@ -174,3 +174,39 @@ def test_examples_are_found():
     assert list(blocks("Text.\n\n```python\nx = 1\n```\n\n```sh\nls\n```\n")) == [(3, "x = 1\n")]
     assert sum(bool(example(inspect.getdoc(value))) for value in NAMES.values()) > 3
     assert sum(len(list(blocks(page.read_text()))) for page in PAGES) > 10
+
+
+COMING_FROM = sorted((ROOT / "docs" / "coming_from").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", COMING_FROM, ids=lambda page: page.stem)
+def test_names_of_a_table_exist(page):
+    """What the column of this library names, as in `layers.LSTM`, is there."""
+    found = [(package, name) for cell in ours_in_tables(page.read_text()) for package, name in named(cell)]
+    assert len(found) > 3
+    missing = [f"{package}.{name}" for package, name in found if not hasattr(getattr(keras_seq, package), name)]
+    assert not missing
+
+
+def ours_in_tables(text):
+    """The cells below "keras_seq" in the tables of a page; those of `keras_seq.layers` begin with its name."""
+    column = None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if not line.startswith("|"):
+            column = None
+        elif column is None:
+            column, heading = next((i, cell) for i, cell in enumerate(cells) if cell.startswith("keras_seq"))
+        elif cells[column].strip("-"):
+            prefix = heading.removeprefix("keras_seq").removeprefix(".")
+            yield re.sub(r"`([A-Z])", rf"`{prefix}.\1", cells[column]) if prefix else cells[column]
+
+
+def named(cell):
+    return re.findall(r"\b(layers|models|decoding|checkpoints)\.([A-Z]\w*)", cell)
+
+
+def test_names_in_tables_are_found():
+    table = "| torch | keras_seq |\n|---|---|\n| `a.B` | `layers.C`, or `models.D(x)` |\n\n| k | keras_seq.layers |\n"
+    cells = list(ours_in_tables(table + "|---|---|\n| `E` | `F`, `g` |\n"))
+    assert [named(cell) for cell in cells] == [[("layers", "C"), ("models", "D")], [("layers", "F")]]
