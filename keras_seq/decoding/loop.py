@@ -55,7 +55,7 @@ def stream(model, prompt_tokens, max_new_tokens, sampler, seed=None, stop_tokens
     following = compiled(model, _Loop, "next", *key, None, sampler)
     if not backend.current().COMPILES:  # else each step would be made ready anew
         functions = _Loop(model, *key, steps, sampler)
-        following = partial(functions.next, step=functions.stepper(len(prompt)))
+        following = backend.current().compiled(partial(functions.next, step=functions.stepper(len(prompt))), model)
     capacity = steps if processors else 0  # nobody else asks for the tokens so far
 
     def tokens():

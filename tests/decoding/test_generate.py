@@ -136,6 +136,19 @@ def test_stream_is_generate(model, prompt, arguments):
     np.testing.assert_array_equal(np.stack(streamed, -1), tokens)
 
 
+def test_stream_keeps_no_gradients(model):
+    """Or its memory would grow with each token."""
+    seen = []
+
+    def sampler(logits, u):
+        seen.append(getattr(logits, "requires_grad", False))
+        return ops.argmax(logits, axis=-1)
+
+    list(model.stream(PROMPTS, N, sampler))
+    assert len(seen) > 1
+    assert not any(seen)
+
+
 @pytest.mark.parametrize("stop", [(9,), (8,), (5, 6), np.array([4, 9])], ids=str)
 def test_stop_tokens(model, greedy, stop):
     """A row ends after the first of them and is filled up; the others go on."""
