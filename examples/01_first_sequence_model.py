@@ -90,7 +90,8 @@ assert np.allclose(whole, steps, atol=1e-5)
 """
 ## Save
 
-The file holds layers, weights and the optimizer. It opens on any of the three backends.
+The file holds layers, weights and the optimizer. It opens on any of the three backends; the optimizer is that of the
+backend it was saved on, so to go on training on another one, load with `compile=False` and compile again.
 """
 
 model.save("first.keras")

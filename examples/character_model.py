@@ -15,28 +15,17 @@ import pathlib
 
 import keras
 import numpy as np
-from shared import TimeBudget, bits_per_character, python_documentation, windows
+from shared import TimeBudget, bits_per_character, python_documentation, save, windows
 
 import keras_seq
 
 
-def plot(history, before, path):
-    """The learning curve in bits per character: the training loss of each epoch, and the held-out loss after it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
+def learning_curve(history, before):
+    """The training loss of each epoch, and the held-out loss after it, in bits per character."""
     training, held_out = (np.array(history[name]) / math.log(2) for name in ("loss", "val_loss"))
-    epochs = np.arange(1, len(training) + 1)
-    axes.plot(epochs, training, label="training text")
-    axes.plot([0, *epochs], [before, *held_out], label="held-out text")
-    axes.set(xlabel="epoch", ylabel="bits per character", title="RecurrentLM on the Python documentation")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    lines = {"training text": training, "held-out text": (np.arange(len(held_out) + 1), [before, *held_out])}
+    title = "RecurrentLM on the Python documentation"
+    return keras_seq.plotting.curves(lines, "epoch", "bits per character", title)
 
 
 def main(argv=None):
@@ -67,8 +56,7 @@ def main(argv=None):
     after = bits_per_character(model, held_out)
     print(f"held-out text before training: {before:.2f} bits per character; after: {after:.2f}")
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    plot(history, before, options.out / "learning_curve.png")
+    save(learning_curve(history, before), options.out / "learning_curve.png")
     print(f"learning curve: {options.out / 'learning_curve.png'}\n\nThe model writes:\n")
     prompt = "The "
     print(prompt, end="")

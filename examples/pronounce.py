@@ -16,7 +16,7 @@ import pathlib
 import keras
 import numpy as np
 from data import Bucketed, load, padded
-from shared import TimeBudget, plot_alignments
+from shared import TimeBudget, save
 
 import keras_seq
 
@@ -143,11 +143,14 @@ def main(argv=None):
         seen = " (in training)" if word in words else ""
         print(f"{word:20} {found:35} {' / '.join(listed) + seen if listed else '-'}")
 
-    alignments = []
-    for word, found in sorted(zip(chosen, best, strict=True), key=lambda pair: len(pair[0]))[-3:]:
-        weights = model.alignment(spelling.source(word), spelling.target(found))
-        alignments.append((word, list(word), [*found.split(), "(end)"], weights))
-    plot_alignments(alignments, options.out / "pronounce.png")
+    longest = sorted(zip(chosen, best, strict=True), key=lambda pair: len(pair[0]))[-3:]
+    figure = keras_seq.plotting.alignments(
+        [model.alignment(spelling.source(word), spelling.target(found)) for word, found in longest],
+        [list(word) for word, _ in longest],
+        [[*found.split(), "(end)"] for _, found in longest],
+        [word for word, _ in longest],
+    )
+    save(figure, options.out / "pronounce.png")
     print(f"\nwhich letters it looked at for each phoneme: {options.out / 'pronounce.png'}")
     print("To run longer, for fewer errors: python examples/pronounce.py --minutes 30 --full")
     return before, after

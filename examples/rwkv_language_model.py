@@ -16,9 +16,10 @@ import time
 
 import keras
 import numpy as np
-from shared import TimeBudget, bits_per_character, python_documentation, windows
+from shared import TimeBudget, bits_per_character, python_documentation, save, windows
 
 from keras_seq.models import RWKV, RecurrentLM, TransformerLM, rwkv_optimizer
+from keras_seq.plotting import curves
 
 MODELS = ("RWKV-7", "LSTM", "Transformer")
 LENGTH, BATCH = 128, 8
@@ -84,28 +85,19 @@ def write(model, alphabet, prompt, characters):
     print(f"\n\nits state: {bytes_of(before):,} bytes at first, {bytes_of(after):,} after {len(tokens)} characters")
 
 
-def plot(results, contexts, path):
-    """The bytes of the state, and the time of a step, against the context length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for name, result in results.items():
-        left.plot(contexts, result.bytes, "o-", label=name)
-        right.plot(contexts, [1000 * seconds for seconds in result.steps], "o-", label=name)
-    left.set(title="size of the state", ylabel="bytes")
-    right.set(title="time to write one character", ylabel="milliseconds")
-    for axes in (left, right):
-        axes.set(xscale="log", yscale="log", xlabel="context in characters")
-        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def plot(results, contexts, folder):
+    """Saves pictures of the bytes of the state and of the time of a step against the context length; their paths."""
+    sizes = {name: result.bytes for name, result in results.items()}
+    times = {name: [1000 * seconds for seconds in result.steps] for name, result in results.items()}
+    paths = []
+    for what, lines, unit, title in (
+        ("state", sizes, "bytes", "size of the state"),
+        ("step", times, "milliseconds", "time to write one character"),
+    ):
+        figure = curves(lines, "context in characters", unit, title, x=contexts, log="xy", marker="o")
+        paths.append(folder / f"rwkv_language_model_{what}.png")
+        save(figure, paths[-1])
+    return paths
 
 
 def main(argv=None):
@@ -115,7 +107,7 @@ def main(argv=None):
     parser.add_argument("--layers", type=int, default=3, help="of RWKV and Transformer (default: %(default)s)")
     parser.add_argument("--characters", type=int, default=None, help="how much of the text to use (default: all)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384], help="(default: %(default)s)")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="where the plot goes")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="where the pictures go")
     options = parser.parse_args(argv)
 
     alphabet, training, held_out = python_documentation(options.characters)
@@ -141,10 +133,8 @@ def main(argv=None):
         row = f"{name:12}{result.parameters:12,}{result.bits:8.2f}{result.speed:11,.0f}"
         print(row + "".join(f"{cost:>25}" for cost in costs))
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "rwkv_language_model.png"
-    plot(results, options.contexts, path)
-    print(f"\nstate and time of a step as a picture: {path}\n\nRWKV-7 writes:\n")
+    state, step = plot(results, options.contexts, options.out)
+    print(f"\nas pictures: the state in {state}, the time of a step in {step}\n\nRWKV-7 writes:\n")
     write(models["RWKV-7"], alphabet, "The ", 300)
     print("To run longer, for fewer bits: python examples/rwkv_language_model.py --minutes 10")
     return results

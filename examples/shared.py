@@ -1,4 +1,4 @@
-"""What several examples use: a text, training for a given time, and pictures of what a model looked at."""
+"""What several examples use: a text, training for a given time, and saving pictures."""
 
 import atexit
 import gc
@@ -78,28 +78,10 @@ class TimeBudget(keras.callbacks.Callback):
             atexit.register(gc.collect)
 
 
-def plot_alignments(alignments, path):
-    """Saves a picture of how much each target token looked at each source token.
+def save(figure, path):
+    """Saves a figure of `keras_seq.plotting` as PNG and closes it; makes the folder if need be."""
+    from matplotlib import pyplot
 
-    Args:
-        alignments: list of `(title, source tokens, target tokens, weights)`: texts, and an array of at least
-            `(len(target), len(source))`.
-        path: of the PNG file, whose folder is made if need be.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = max(max(len(source), len(target)) for _, source, target, _ in alignments)
-    side = 1.5 + 0.28 * size
-    figure, row = plt.subplots(1, len(alignments), figsize=(side * len(alignments), side), squeeze=False)
-    for axes, (title, source, target, weights) in zip(row[0], alignments, strict=True):
-        axes.imshow(weights[: len(target), : len(source)], cmap="Greys", vmin=0, vmax=1)
-        axes.set_xticks(range(len(source)), source, rotation=90 if max(map(len, source)) > 1 else 0)
-        axes.set_yticks(range(len(target)), target)
-        axes.set_title(title)
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pyplot.close(figure)

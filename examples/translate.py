@@ -18,7 +18,7 @@ import numpy as np
 import sacrebleu
 import tokenizers
 from data import Bucketed, load, padded
-from shared import TimeBudget, plot_alignments
+from shared import TimeBudget, save
 
 import keras_seq
 
@@ -103,7 +103,7 @@ def main(argv=None, pairs=None):
         f"{tokenizer.get_vocab_size():,} pieces of words; backend: {keras.config.backend()}"
     )
 
-    scores, samples, alignments = {}, {}, []
+    scores, samples, maps = {}, {}, []
     built = models(tokenizer.get_vocab_size(), options.units, options.layers, options.dropout)
     buckets = [(options.max_tokens // part,) * 2 for part in (4, 3, 2, 1)]
     for name, model in built.items():
@@ -125,8 +125,8 @@ def main(argv=None, pairs=None):
         for i in shown[:2]:
             source, target = tokenizer.encode(sources[i]), tokenizer.encode(samples[name][i])
             weights = model.alignment(source.ids, [*target.ids, END])
-            alignments.append((name, source.tokens, [*target.tokens, "(end)"], weights))
-    plot_alignments(alignments, options.out / "translate.png")
+            maps.append((weights, source.tokens, [*target.tokens, "(end)"], name))
+    save(keras_seq.plotting.alignments(*zip(*maps, strict=True)), options.out / "translate.png")
     print(f"\nwhere the models looked for each piece of a word: {options.out / 'translate.png'}")
     print("To run longer, for better translations: python examples/translate.py --minutes 60 --full")
     return scores

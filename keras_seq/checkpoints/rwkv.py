@@ -174,7 +174,12 @@ def _without_ones(shape):
 
 
 def arrays_of(model):
-    """The weights of a built RWKV by their official names."""
+    """The weights of a built RWKV by their official names.
+
+    Raises: ValueError for a model that has no official form.
+    """
+    if model.version == 7 and any(block.time_mixing.allow_negative_eigenvalues for block in model.blocks):
+        raise ValueError("The official form has no place for `allow_negative_eigenvalues`: save the model with `save`.")
     return {
         name: np.ascontiguousarray(official(np.asarray(variable.numpy(), "float32")))
         for name, (variable, official, _) in variables_of(model).items()

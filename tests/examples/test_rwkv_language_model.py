@@ -25,4 +25,5 @@ def test_rwkv_language_model(tmp_path, capsys):
     found = results["RWKV-7"]
     assert f"\nRWKV-7      {found.parameters:12,}{found.bits:8.2f}{found.speed:11,.0f}" in printed
     assert f"its state: {found.bytes[0]:,} bytes at first, {found.bytes[0]:,} after 304 characters" in printed
-    assert (tmp_path / "rwkv_language_model.png").stat().st_size > 10_000
+    for what in ("state", "step"):
+        assert (tmp_path / f"rwkv_language_model_{what}.png").stat().st_size > 10_000

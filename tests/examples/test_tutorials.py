@@ -10,9 +10,40 @@ import pytest
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("matplotlib", reason="tutorials draw with matplotlib")
 
+# The backend of the processes that a tutorial starts: the quickest to start, if it is there.
+OTHER = "jax" if importlib.util.find_spec("jax") else keras.config.backend()
+
 # Constants of each tutorial, in place of its own: a run of a few seconds.
 SMALL = {
     "first_sequence_model": {"SEQUENCES": 400, "EPOCHS": 1},
+    "three_backends": {"BACKENDS": (OTHER,), "EPOCHS": 2},
+    "rnn_lstm_gru": {"LENGTH": 10, "UNITS": 8, "SEQUENCES": 200, "EPOCHS": 1},
+    "streaming": {"CHARACTERS": 12_000, "EPOCHS": 1, "PROMPT": 60, "NEW": 5, "CHUNKS": (1, 16), "READ": 32},
+    "seq2seq_attention": {"WORDS": 256, "EPOCHS": 1, "TESTED": 4},
+    "transformer": {"SEQUENCES": 100, "LAYERS": 1, "EPOCHS": 1, "TESTED": 20},
+    "rwkv": {
+        "CHARACTERS": 20_000,
+        "LAYERS": 1,
+        "D_MODEL": 32,
+        "SECONDS": 0.1,
+        "TOKENS": 70,
+        "CONTEXTS": (40, 64),
+        "STEPS": 16,
+        "CHARACTERS_WRITTEN": 8,
+        "TUNING_SECONDS": 0.1,
+    },
+    "your_own_layer": {"CHECKED": 1, "LENGTH": 10, "SEQUENCES": 100, "EPOCHS": 1},
+    "padding_and_masks": {"SEQUENCES": 200, "TESTED": 60, "LONGEST": 60, "EPOCHS": 2, "BUCKETS": 2},
+    "precision_quantization_lora": {
+        "ADDED": 500,
+        "CHARACTERS": 20_000,
+        "D_MODEL": 32,
+        "LAYERS": 1,
+        "POLICIES": ("float32",),
+        "MODES": ("int4",),
+        "SOURCE_CHARACTERS": 20_000,
+        "EPOCHS": 1,
+    },
 }
 
 

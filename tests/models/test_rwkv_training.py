@@ -277,6 +277,12 @@ def test_a_quantized_embedding_has_no_official_form(tmp_path):
     refused(lambda: model.to_checkpoint(tmp_path / "model.pth"), "quantized")
 
 
+def test_negative_eigenvalues_have_no_official_form(tmp_path):
+    model = model_of(7, allow_negative_eigenvalues=True)
+    refused(lambda: model.to_checkpoint(tmp_path / "model.pth"), "allow_negative_eigenvalues")
+    assert not list(tmp_path.iterdir())
+
+
 def test_state_tuning_needs_a_matrix():
     refused(lambda: models.RWKV(V, D, L, state_tuning=True, stateful=True), "state_tuning", "stateful")
     refused(lambda: models.RWKV(V, D, L, version=4, state_tuning=True), "state_tuning", "version=4")
