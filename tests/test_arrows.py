@@ -16,10 +16,11 @@ MAY_IMPORT = {
     "text": set(),
     "base": {"ops", "backend"},
     "layers": {"base", "ops", "initializers"},
-    "decoding": {"base", "ops", "layers", "backend"},
-    "checkpoints": {"base", "ops", "layers", "text"},
+    "decoding": {"base", "ops", "layers", "backend", "progress"},
+    "checkpoints": {"base", "ops", "layers", "text", "progress"},
     "states": {"checkpoints"},
     "plotting": set(),
+    "progress": set(),
     "models": {"base", "ops", "layers", "initializers", "decoding", "checkpoints", "text"},
 }
 MAY_IMPORT_ANYTHING = {"__init__", "testing"}

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [page for page in [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"] if "```python\n" in page.read_text()]
 REFERENCE = runpy.run_path(str(DOCS / "reference.py"))
-INTERNAL = {"backend", "base", "ops"}
+INTERNAL = {"backend", "base", "ops", "progress"}
 MODULES = ["keras_seq"] + sorted(
     f"keras_seq.{path.stem}"
     for path in (ROOT / "keras_seq").iterdir()

@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_seq.checkpoints import storage
 from keras_seq.checkpoints.pickles import Global, run_pickle
+from keras_seq.progress import Progress, progress
 
 STORAGES = {
     "BoolStorage": "bool",
@@ -57,8 +58,8 @@ def read_pth(path, max_bytes=None):
             raise ValueError("the format of PyTorch before 1.6. Its torch.load and a newer torch.save convert it")
         if start != b"PK\3\4":
             raise ValueError(f"a file that begins with {start!r}, as no zip archive does")
-        with zipfile.ZipFile(file) as archive:
-            return _Archive(archive, size, 4 * size if max_bytes is None else max_bytes).state_dict()
+        with zipfile.ZipFile(file) as archive, Progress(f"reading {path}", size) as shown:
+            return _Archive(archive, size, 4 * size if max_bytes is None else max_bytes, shown).state_dict()
 
 
 def write_pth(path, arrays, dtype=None):
@@ -85,7 +86,7 @@ def write_pth(path, arrays, dtype=None):
     with storage.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), b"".join([*program, b"u."]))
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), b"little")
-        for i, (name, (array, one)) in enumerate(tensors.items()):
+        for i, (name, (array, one)) in enumerate(progress(tensors.items(), f"writing {path}")):
             info = zipfile.ZipInfo(f"archive/data/{i}")
             # An extra field that nobody reads moves the data to where PyTorch can map it into memory.
             padding = -(file.tell() + 30 + len(info.filename) + 4) % ALIGNMENT
@@ -119,8 +120,9 @@ class Storage:
 class _Archive:
     """The members of an archive. Each is read whole and once, which checks its CRC."""
 
-    def __init__(self, archive, file_size, max_bytes):
+    def __init__(self, archive, file_size, max_bytes, shown):
         members = archive.infolist()
+        self.shown = shown
         self.archive, self.members = archive, {member.filename: member for member in members}
         self.max_bytes, self.bytes_left, self.storages = max_bytes, max_bytes, {}
         if len(self.members) < len(members):
@@ -161,6 +163,7 @@ class _Archive:
         member = self.members.pop(name, None)
         if member is None:
             raise ValueError(f"an archive without {name!r}")
+        self.shown.add(member.file_size)
         with self.archive.open(member) as file:
             return storage.read_exactly(file, member.file_size)
 

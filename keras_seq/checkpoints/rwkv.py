@@ -9,6 +9,7 @@ import re
 import numpy as np
 
 from keras_seq.checkpoints.errors import CheckpointError
+from keras_seq.progress import progress
 
 _HUGGING_FACE = (  # of RWKV-4
     (r"^rwkv\.", ""),
@@ -165,7 +166,7 @@ def load(model, arrays, path):
     if wrong:
         more = f", and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise CheckpointError(f"{path}: no checkpoint of this model: {'; '.join(wrong[:6])}{more}")
-    for variable, value in values.values():
+    for variable, value in progress(values.values(), f"setting the weights of {path}"):
         variable.assign(value)
 
 
@@ -182,5 +183,5 @@ def arrays_of(model):
         raise ValueError("The official form has no place for `allow_negative_eigenvalues`: save the model with `save`.")
     return {
         name: np.ascontiguousarray(official(np.asarray(variable.numpy(), "float32")))
-        for name, (variable, official, _) in variables_of(model).items()
+        for name, (variable, official, _) in progress(variables_of(model).items(), "reading the weights of the model")
     }

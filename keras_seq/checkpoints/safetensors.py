@@ -17,6 +17,7 @@ import math
 
 from keras_seq.checkpoints import storage
 from keras_seq.checkpoints.errors import CheckpointError
+from keras_seq.progress import progress
 
 DTYPES = {  # name in the file: dtype, bytes
     "BOOL": ("bool", 1),
@@ -64,7 +65,8 @@ def read_safetensors(path):
         checksums = _pop_checksums(header)
         _check(header, size - 8 - length)
         digest, arrays = _digest(header), {}
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        for name, entry in progress(entries, f"reading {path}"):
             begin, end = entry["data_offsets"]
             data = storage.read_exactly(file, end - begin)
             digest.update(data)
@@ -110,7 +112,7 @@ def write_safetensors(path, arrays, dtype=None, metadata=None):
     digest = _digest(header)
     with storage.replacing(path) as file:
         file.write(_encoded(header, metadata))
-        for name in order:
+        for name in progress(order, f"writing {path}"):
             data = storage.to_bytes(path, name, *tensors[name])
             digest.update(data)
             file.write(data)

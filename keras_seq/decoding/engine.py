@@ -10,6 +10,7 @@ A model takes part if it has
 and of these, which are faster or different, those that it has:
 
     logits, state = model.prefill(prompt, mask, new)    # (b, t) -> (b, v), and a state with room for `new` tokens
+    state = model.read(prompt, mask, state)    # if it `reads_pieces`; then `prefill` takes `state` too, and reads on
     logits, state = model.step_valid(token, state)      # as step, for tokens that are no padding
     step = model.stepper(batch_size, steps)             # step_valid made ready for about so many in a row
     state = model.reordered(state, rows)                # the state whose row i is row rows[i] of the old one
@@ -21,9 +22,10 @@ and, for the coverage penalty of beam search, these, with the attention weights 
     logits, state, weights = model.step_with_attention(token, state)
 
 A token that is `pad_id` is padding: it leaves the state as it is and is never generated. Rows that have ended take part
-in `step_valid` all the same. The prompt is read in one call. On JAX and TensorFlow reading and the whole loop are one
-compiled function; the lengths of prompts and outputs are rounded up to one of four in each octave, so that few are ever
-compiled. On PyTorch it is a loop in Python.
+in `step_valid` all the same. The prompt is read in one call; a long one, by a model with `reads_pieces`, in pieces of
+`PIECE` tokens, so that memory stays bounded and progress is shown (not in beam search). On JAX and TensorFlow reading
+and the whole loop are one compiled function; the lengths of prompts and outputs are rounded up to one of four in each
+octave, so that few are ever compiled. On PyTorch it is a loop in Python.
 
 In beam search the state has `num_beams` rows for each prompt, and is reordered at each step. What a model's `reordered`
 leaves as it is, because it is the same for all beams of a prompt, keeps one row per prompt: row r of the tokens then
@@ -39,6 +41,9 @@ from keras import ops, tree
 from keras_seq import backend
 from keras_seq.decoding.processors import NEVER
 from keras_seq.ops.cache import take_rows
+from keras_seq.progress import progress
+
+PIECE = 2048  # tokens of a prompt that are read at a time
 
 
 class Functions:
@@ -48,12 +53,13 @@ class Functions:
         self.model, self.stop_tokens, self.processors, self.steps = model, stop_tokens, processors, steps
         self.pad_id = 0 if model.pad_id is None else model.pad_id
         self.prefill = getattr(model, "prefill", self._prefill)
+        self.read = getattr(model, "read", None)  # a piece of a prompt
         self.step = getattr(model, "step_valid", model.step)
         self.reordered = getattr(model, "reordered", reordered)
 
-    def _prefill(self, prompt, mask, new):
+    def _prefill(self, prompt, mask, new, state=None):
         batch, length = prompt.shape
-        state = self.model.initial_state(batch, length + new)
+        state = self.model.initial_state(batch, length + new) if state is None else state
         logits, state = self.model(prompt, mask=mask, initial_state=state, return_state=True, training=False)
         last = ops.max(ops.where(mask, ops.arange(length, dtype="int32"), 0), axis=1)
         return ops.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], state
@@ -128,6 +134,19 @@ def read_prompt(model, tokens, mask):
         left = ((0, 0), (_rounded_up(tokens.shape[1]) - tokens.shape[1], 0))
         tokens, mask = np.pad(tokens, left), np.pad(mask, left)
     return ops.convert_to_tensor(tokens, "int32"), ops.convert_to_tensor(mask, "bool"), single
+
+
+def read_pieces(model, prompt, mask, new):
+    """Reads a long prompt but for its end: `(end of the prompt, its mask, state)`; of a short one the state is None."""
+    length = prompt.shape[1]
+    cut = (length - 1) // PIECE * PIECE
+    # A row that ends before the last piece needs its logits before.
+    if not cut or not getattr(model, "reads_pieces", False) or not ops.convert_to_numpy(mask)[:, cut:].any(axis=1).all():
+        return prompt, mask, None
+    read, state = compiled(model, Functions, "read", (), (), None), model.initial_state(len(prompt), length + new)
+    for i in progress(range(0, cut, PIECE), "reading the prompt"):
+        state = read(prompt[:, i : i + PIECE], mask[:, i : i + PIECE], state)
+    return prompt[:, cut:], mask[:, cut:], state
 
 
 def rounded_steps(max_new_tokens):

@@ -8,7 +8,7 @@ from keras import random as keras_random
 
 from keras_seq import backend
 from keras_seq.base import random_seed
-from keras_seq.decoding.engine import Functions, compiled, read_prompt, rounded_steps, write
+from keras_seq.decoding.engine import Functions, compiled, read_pieces, read_prompt, rounded_steps, write
 from keras_seq.decoding.processors import DEAD
 
 
@@ -36,8 +36,9 @@ def generate(model, prompt_tokens, max_new_tokens, sampler, seed=None, stop_toke
     prompt, mask, single = read_prompt(model, prompt_tokens, mask)
     steps = rounded_steps(max_new_tokens)
     u = keras_random.uniform((steps, len(prompt)), seed=random_seed() if seed is None else seed)
+    prompt, mask, state = read_pieces(model, prompt, mask, steps)
     run = compiled(model, _Loop, "generate", tuple(stop_tokens), tuple(processors), steps, sampler)
-    tokens = run(prompt, mask, u, ops.convert_to_tensor(max_new_tokens, "int32"))
+    tokens = run(prompt, mask, state, u, ops.convert_to_tensor(max_new_tokens, "int32"))
     tokens = ops.convert_to_numpy(tokens)[:, :max_new_tokens]
     return tokens[0] if single else tokens
 
@@ -59,7 +60,8 @@ def stream(model, prompt_tokens, max_new_tokens, sampler, seed=None, stop_tokens
     capacity = steps if processors else 0  # nobody else asks for the tokens so far
 
     def tokens():
-        token, carry = first(prompt, mask, u[0], ops.zeros((len(prompt), capacity), "int32"))
+        end = read_pieces(model, prompt, mask, steps)
+        token, carry = first(*end, u[0], ops.zeros((len(prompt), capacity), "int32"))
         for i in range(1, max_new_tokens + 1):
             *_, ended_before, done = carry
             if processors and bool(ops.all(ended_before)):
@@ -79,9 +81,10 @@ class _Loop(Functions):
         super().__init__(model, stop_tokens, processors, steps)
         self.sampler = sampler
 
-    def first(self, prompt, mask, u, tokens):
-        """Reads the prompt and chooses the first token: `(token, carry)`."""
-        logits, state = self.prefill(prompt, mask, self.steps)
+    def first(self, prompt, mask, state, u, tokens):
+        """Reads the prompt, or the end of it from a state on, and chooses the first token: `(token, carry)`."""
+        given = () if state is None else (state,)
+        logits, state = self.prefill(prompt, mask, self.steps, *given)
         return self.choose(ops.convert_to_tensor(0, "int32"), logits, u, state, tokens, ops.zeros_like(mask[:, 0]))
 
     def next(self, i, token, carry, u, step=None):
@@ -98,10 +101,10 @@ class _Loop(Functions):
         token = ops.cast(ops.where(done, self.pad_id, self.sampler(logits, u)), "int32")
         return token, (state, write(tokens, token, i), done, ops.logical_or(done, self.stops(token)))
 
-    def generate(self, prompt, mask, u, limit):
+    def generate(self, prompt, mask, state, u, limit):
         """All tokens `(b, steps)`, of which `limit` are made."""
         tokens = ops.full((prompt.shape[0], self.steps), self.pad_id, "int32")
-        token, carry = self.first(prompt, mask, u[0], tokens)
+        token, carry = self.first(prompt, mask, state, u[0], tokens)
         step = self.stepper(prompt.shape[0])
 
         def unfinished(i, token, carry):

@@ -211,7 +211,8 @@ class AdditiveAttention(Alignment):
         **kwargs: those of `keras.layers.Layer`.
 
     Call: x `(b, t, d)`, memory `(b, s, e)`, mask `(b, t)` bool, memory_mask `(b, s)` bool -> y `(b, t, e)`; also
-    `return_attention_scores`, `initial_state`, `return_state`. The state is `((), (keys, values, mask))`, made by
+    `return_attention_scores` (a `(b, t, s)`), `initial_state`, `return_state`. The state is
+    `((), (keys, values, mask))`, keys `(b, s, units)`, values `(b, s, e)`, mask `(b, s)` bool, made by
     `initial_state(batch_size, memory=memory, memory_mask=mask)`. A row without valid memory gives exactly 0.
 
     Raises: ValueError for units < 1, a memory that is missing or of another shape, `stateful=True`.
@@ -276,15 +277,28 @@ class AdditiveAttention(Alignment):
 class CoverageAttention(AdditiveAttention):
     """Additive attention that knows how much of each step of the memory was read before.
 
-    `a_ts = softmax_s(v . tanh(q_t W_q + m_s W_m + c_ts w_c + b))`; `c_ts = a_1s + ... + a_(t-1)s`
+    `a_ts = softmax_s(v . tanh(q_t W_q + m_s W_m + c_ts w_c + b))`; `c_ts = a_1s + ... + a_(t-1)s`;
+    `y_t = sum_s a_ts m_s`
 
-    Args: as in `AdditiveAttention`: units, use_bias, normalize, kernel_initializer.
+    Args:
+        units: size of the network; default that of the query.
+        use_bias: whether there is a b.
+        normalize: if True v is `g v / |v|` with a learned scalar g, which starts at `units^-1/2`.
+        kernel_initializer: of the matrices and of v; w_c starts at 0.
+        **kwargs: those of `keras.layers.Layer`.
 
-    Call: as `AdditiveAttention`; the state is `(c, (keys, values, mask))`, c `(b, s)`.
+    Call: x `(b, t, d)`, memory `(b, s, e)`, mask `(b, t)` bool, memory_mask `(b, s)` bool -> y `(b, t, e)`; the rest as
+    in `AdditiveAttention`. The state is `(c, (keys, values, mask))`, c `(b, s)` the sum of the weights so far, keys
+    `(b, s, units)`, values `(b, s, e)`, mask `(b, s)` bool.
 
     Raises: ValueError as in `AdditiveAttention`.
 
     Source: Tu et al. 2016, arXiv:1601.04811; See et al. 2017, arXiv:1704.04368, eq. 10-11.
+
+    Example:
+
+        x, memory = keras.ops.ones((2, 5, 3)), keras.ops.ones((2, 7, 4))
+        y, (c, _) = keras_seq.layers.CoverageAttention(8)(x, memory, return_state=True)  # (2, 5, 4), c (2, 7)
     """
 
     carries = True
@@ -306,21 +320,35 @@ class CoverageAttention(AdditiveAttention):
 class MonotonicAttention(AdditiveAttention):
     """Attention that moves through the memory from its beginning to its end and never back, and so can run on line.
 
-    At each step of the output the reader stops at step s with probability `p_ts = sigmoid(score_ts)`, or goes on to the
-    next. In training y_t is the expectation over where it stops, which has a gradient; else it stops at the first
-    step with p > 1/2 and reads that alone, and once it ran off the end it reads 0.
+    `p_ts = sigmoid(g v / |v| . tanh(q_t W_q + m_s W_m + b) + r)`; in training
+    `a_ts = p_ts sum_{k<=s} a_(t-1)k (1 - p_tk) ... (1 - p_t(s-1))`; else `a_ts = 1` at the first s with `p_ts > 1/2`
+    from where a_(t-1) is 1 on, and 0 at all others; `a_0 = (1, 0, ..., 0)`; `y_t = sum_s a_ts m_s`
+
+    At each step of the output the reader stops at step s with probability p_ts, or goes on to the next. In training y_t
+    is the expectation over where it stops, which has a gradient; else it reads one step alone, and once it ran off the
+    end it reads 0.
 
     Args:
         units, use_bias, kernel_initializer: as in `AdditiveAttention`.
         normalize: as in `AdditiveAttention`; here True by default.
-        score_bias: what a learned bias of all scores starts at; below 0 the reader starts out going far.
+        score_bias: what r, a learned bias of all scores, starts at; below 0 the reader starts out going far.
         noise: standard deviation of what is added to the scores in training, which drives p to 0 or 1.
+        **kwargs: those of `keras.layers.Layer`.
 
-    Call: as `AdditiveAttention`; the state is `(a, (keys, values, mask))`, a `(b, s)` the weights of the last step.
+    Call: x `(b, t, d)`, memory `(b, s, e)`, mask `(b, t)` bool, memory_mask `(b, s)` bool -> y `(b, t, e)`; the rest as
+    in `AdditiveAttention`. The state is `(a, (keys, values, mask))`, a `(b, s)` the weights of the last step, keys
+    `(b, s, units)`, values `(b, s, e)`, mask `(b, s)` bool.
 
     Raises: ValueError as in `AdditiveAttention`, and for noise < 0.
 
     Source: Raffel et al. 2017, arXiv:1704.00784.
+
+    Example:
+
+        layer = keras_seq.layers.MonotonicAttention(8, score_bias=-1.0)
+        x, memory = np.random.normal(size=(2, 5, 3)), np.random.normal(size=(2, 7, 4))
+        y, a = layer(x, memory, training=True, return_attention_scores=True)  # (2, 5, 4), (2, 5, 7) from 0 to 1
+        y, a = layer(x, memory, return_attention_scores=True)  # (2, 5, 4), (2, 5, 7) of 0 and 1
     """
 
     carries = True
@@ -372,7 +400,9 @@ class DotAttention(Alignment):
         kernel_initializer: of the matrices and of v.
         **kwargs: those of `keras.layers.Layer`.
 
-    Call: as `AdditiveAttention`.
+    Call: x `(b, t, d)`, memory `(b, s, e)`, mask `(b, t)` bool, memory_mask `(b, s)` bool -> y `(b, t, e)`; the rest as
+    in `AdditiveAttention`. The state is `((), (keys, values, mask))`, keys `(b, s, d)`, of "concat" `(b, s, units)`,
+    values `(b, s, e)`, mask `(b, s)` bool.
 
     Raises: ValueError for an unknown score, units or window < 1, "dot" of two sizes, and as `AdditiveAttention`.
 

@@ -27,17 +27,25 @@ class Bidirectional(SequenceLayer):
         merge_mode: "concat" (default), "sum", "ave", "mul", or None for the pair of outputs.
         weights: initial weights, forward then backward, as `get_weights` gives them.
         backward_layer: the second layer, if it is not to be like the first; needs `go_backwards=True`.
+        **kwargs: those of `keras.layers.Layer`.
 
-    Call: x `(b, t, d)`, mask `(b, t)` bool -> y `(b, t, 2 units)` with `return_sequences=True`, else `(b, 2 units)`;
-    outputs of padded steps are 0, as in Keras. `initial_state` is the pair of the states at which the two directions
-    start (or Keras's flat list of them). With `return_state=True` in the wrapped layer the result is
-    `(y, *forward_state, *backward_state)`.
+    Call: x `(b, t, d)`, mask `(b, t)` bool -> y `(b, t, 2 units)` with `return_sequences=True`, else `(b, 2 units)`
+    (with "sum", "ave" and "mul" units, with None a pair of these); outputs of padded steps are 0, as in Keras.
+    `initial_state` is the pair of the states at which the two directions start (or Keras's flat list of them). With
+    `return_state=True` in the wrapped layer the result is `(y, *forward_state, *backward_state)`.
 
     Raises: ValueError from `step`, `return_state=True` at the call, and `stateful=True`, because the backward direction
     starts at the end of the sequence; if `layer` is no recurrent layer, the two do not match, or the merge mode is
     unknown.
 
     Source: Schuster & Paliwal 1997.
+
+    Example:
+
+        x = keras.ops.ones((2, 5, 3))
+        y = keras_seq.layers.Bidirectional(keras_seq.layers.LSTM(8, return_sequences=True))(x)  # (2, 5, 16)
+        layer = keras_seq.layers.Bidirectional(keras_seq.layers.GRU(8, return_state=True), merge_mode="sum")
+        y, forward_h, backward_h = layer(x)  # (2, 8), (2, 8), (2, 8)
     """
 
     needs_future = "its backward direction starts at the end of the sequence"

@@ -36,15 +36,24 @@ _MIX_TIME = (
 class TimeWise(SequenceLayer):
     """A Keras layer that acts on each time step alone, as a layer over time without memory: its state is `()`.
 
+    `y_t = layer(x_t)`
+
     `Stack` and `Residual` wrap such layers themselves.
 
     Args:
         layer: for example `Dense`, `LayerNormalization`, `Dropout`, `Embedding`, `Activation`.
+        **kwargs: `stateful` and those of `keras.layers.Layer`.
 
-    Call: x `(b, t, ...)` -> whatever the layer gives, with the same b and t.
+    Call: x `(b, t, ...)`, mask `(b, t)` bool -> whatever the layer gives, with the same b and t; the state is `()`.
 
     Raises: ValueError if the layer is a sequence layer, or one of Keras's that mix time steps (convolution, pooling,
     attention, RNN, reshaping), or if its output has another number of steps than its input.
+
+    Example:
+
+        layer = keras_seq.layers.TimeWise(keras.layers.Dense(4))
+        y, state = layer(keras.ops.ones((2, 5, 3)), return_state=True)  # (2, 5, 4), ()
+        y_t, state = layer.step(keras.ops.ones((2, 3)), state)  # (2, 4), ()
     """
 
     def __init__(self, layer, **kwargs):
@@ -80,12 +89,15 @@ class TimeWise(SequenceLayer):
 class Stack(SequenceLayer):
     """Layers one after another.
 
+    `h_0 = x`; `h_i, s'_i = layer_i(h_(i-1), s_i)` for i = 1 ... n; `y = h_n`
+
     Args:
         layers: a list of sequence layers, and of Keras layers that act on each time step alone (see `TimeWise`).
             All but the last must return sequences.
         **kwargs: `stateful` and those of `keras.layers.Layer`.
 
-    Call: x `(b, t, ...)`, mask `(b, t)` bool -> what the last layer gives; the state is the tuple of theirs.
+    Call: x `(b, t, ...)`, mask `(b, t)` bool -> what the last layer gives; the state is `(s_1, ..., s_n)`, the tuple of
+    the layers' states, `()` for one without memory.
 
     Raises: ValueError if there are no layers, one of them cannot be wrapped, one that is not the last does not return
     sequences, or one has `stateful=True` or `return_state=True` of its own.
@@ -169,16 +181,26 @@ class Stack(SequenceLayer):
 
 @keras.saving.register_keras_serializable("keras_seq")
 class Residual(Stack):
-    """`y = x + f(x)`, where f is the given layers one after another.
+    """Layers one after another, whose input is added to their output.
+
+    `y = x + f(x)`, where f is the given layers one after another.
 
     Args:
         layers: one layer or a list, as in `Stack`; f keeps the shape of its input.
+        **kwargs: `stateful` and those of `keras.layers.Layer`.
 
-    Call: as `Stack`.
+    Call: x `(b, t, ...)`, mask `(b, t)` bool -> y of the shape of x; the state is the tuple of the layers' states, as
+    in `Stack`.
 
     Raises: ValueError as in `Stack`, and if f changes the shape or does not return sequences.
 
     Source: He et al. 2015, arXiv:1512.03385.
+
+    Example:
+
+        f = [keras.layers.LayerNormalization(), keras_seq.layers.GRU(4, return_sequences=True)]
+        layer = keras_seq.layers.Residual(f)
+        y, state = layer(keras.ops.ones((2, 5, 4)), return_state=True)  # (2, 5, 4), ((), h (2, 4))
     """
 
     def __init__(self, layers, **kwargs):

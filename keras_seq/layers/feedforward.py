@@ -36,6 +36,11 @@ class FeedForward(SequenceLayer):
     Raises: ValueError for sizes < 1 and for an unknown activation.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 2; Shazeer 2020, arXiv:2002.05202 (gated).
+
+    Example:
+
+        layer = keras_seq.layers.FeedForward(hidden_dim=16, activation="swiglu", use_bias=False)
+        y = layer(keras.ops.ones((2, 5, 8)))  # (2, 5, 8)
     """
 
     def __init__(

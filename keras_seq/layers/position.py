@@ -54,6 +54,13 @@ class SinusoidalPositionalEncoding(Positional):
     Raises: ValueError if d is odd.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
+
+    Example:
+
+        layer = keras_seq.layers.SinusoidalPositionalEncoding()
+        x, mask = keras.ops.zeros((1, 4, 6)), np.array([[False, True, True, True]])
+        y, p = layer(x, mask=mask, return_state=True)  # (1, 4, 6), [3]: padding does not count
+        y_t, p = layer.step(keras.ops.zeros((1, 6)), p)  # (1, 6), [4]
     """
 
     def __init__(self, max_wavelength=10000.0, interleaved=True, **kwargs):
@@ -95,6 +102,12 @@ class LearnedPositionalEncoding(Positional):
     Raises: ValueError if max_length < 1, or at a position beyond it.
 
     Source: Gehring et al. 2017, arXiv:1705.03122, section 3.1.
+
+    Example:
+
+        layer = keras_seq.layers.LearnedPositionalEncoding(max_length=8)
+        y, p = layer(keras.ops.ones((2, 5, 4)), return_state=True)  # (2, 5, 4), [5, 5]
+        y_t, p = layer.step(keras.ops.ones((2, 4)), p)  # (2, 4), [6, 6]
     """
 
     def __init__(
@@ -174,6 +187,13 @@ class RotaryEmbedding(Positional):
     Raises: ValueError if dim or d is odd, if dim > d, or if the scaling is unknown or lacks an entry.
 
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34.
+
+    Example:
+
+        queries = keras.ops.ones((2, 5, 4, 8))  # 4 heads
+        turned = keras_seq.layers.RotaryEmbedding()(queries)  # (2, 5, 4, 8)
+        rotary = keras_seq.layers.RotaryEmbedding(scaling={"rope_type": "linear", "factor": 2.0})
+        y = keras_seq.layers.MultiHeadAttention(4, 8, position=rotary)(keras.ops.ones((2, 5, 32)))  # (2, 5, 32)
     """
 
     def __init__(self, base=10000.0, scaling=None, interleaved=False, dim=None, **kwargs):
@@ -225,11 +245,18 @@ class AlibiBias(Configured):
         **kwargs: those of `keras.layers.Layer`.
 
     Call: query_positions `(tq,)` or `(b, tq)`, key_positions `(tk,)` or `(b, tk)`, integers -> `(h, tq, tk)`, or
-    `(b, h, tq, tk)` if one of them has a batch, in float32 (float64 under float64).
+    `(b, h, tq, tk)` if one of them has a batch, in float32 (float64 under float64). It has no state.
 
     Raises: ValueError if num_heads < 1.
 
     Source: Press et al. 2021, arXiv:2108.12409.
+
+    Example:
+
+        alibi = keras_seq.layers.AlibiBias(num_heads=4)
+        bias = alibi(keras.ops.arange(5), keras.ops.arange(7))  # (4, 5, 7)
+        layer = keras_seq.layers.MultiHeadAttention(4, 8, causal=True, position=alibi)  # adds it to the scores
+        y = layer(keras.ops.ones((2, 5, 32)))  # (2, 5, 32)
     """
 
     def __init__(self, num_heads, **kwargs):
@@ -266,13 +293,20 @@ class RelativePositionBias(Configured):
         **kwargs: those of `keras.layers.Layer`.
 
     Call: query_positions `(tq,)` or `(b, tq)`, key_positions `(tk,)` or `(b, tk)`, integers -> `(h, tq, tk)`, or
-    `(b, h, tq, tk)` if one of them has a batch, in the dtype of the weight.
+    `(b, h, tq, tk)` if one of them has a batch, in the dtype of the weight. It has no state.
 
     Weights: embeddings E `(num_buckets, h)`.
 
     Raises: ValueError if num_heads < 1, or if the buckets cannot be made.
 
     Source: Raffel et al. 2019, arXiv:1910.10683, section 2.1.
+
+    Example:
+
+        relative = keras_seq.layers.RelativePositionBias(num_heads=4, bidirectional=False)
+        bias = relative(keras.ops.arange(5), keras.ops.arange(7))  # (4, 5, 7)
+        layer = keras_seq.layers.MultiHeadAttention(4, 8, causal=True, position=relative)  # adds it to the scores
+        y = layer(keras.ops.ones((2, 5, 32)))  # (2, 5, 32)
     """
 
     def __init__(

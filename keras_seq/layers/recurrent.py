@@ -171,9 +171,15 @@ class SimpleRNN(Gated):
 
     Weights: kernel W `(d, units)`, recurrent_kernel U `(units, units)`, bias b `(units,)`.
 
-    Raises: ValueError if units < 1.
+    Raises: ValueError if units < 1 or a dropout rate is not from 0 to 1.
 
     Source: Elman 1990.
+
+    Example:
+
+        layer = keras_seq.layers.SimpleRNN(8)
+        y, h = layer(keras.ops.ones((2, 5, 3)), return_state=True)  # (2, 8), (2, 8)
+        y_t, h = layer.step(keras.ops.ones((2, 3)), h)  # (2, 8), (2, 8)
     """
 
     def __init__(
@@ -229,9 +235,17 @@ class LSTM(Gated):
 
     Weights: kernel W `(d, 4 units)`, recurrent_kernel U `(units, 4 units)`, bias b `(4 units,)`; order i, f, g, o.
 
-    Raises: ValueError if units < 1.
+    Raises: ValueError if units < 1 or a dropout rate is not from 0 to 1.
 
-    Source: Hochreiter & Schmidhuber 1997; Gers et al. 2000 (forget gate).
+    Source: Hochreiter & Schmidhuber 1997; Gers et al. 2000 (forget gate); Gal & Ghahramani 2016, arXiv:1512.05287
+    (dropout: one draw for all steps).
+
+    Example:
+
+        layer = keras_seq.layers.LSTM(8, return_sequences=True)
+        y, (h, c) = layer(keras.ops.ones((2, 5, 3)), return_state=True)  # (2, 5, 8), ((2, 8), (2, 8))
+        y, (h, c) = layer(keras.ops.ones((2, 4, 3)), initial_state=(h, c), return_state=True)  # goes on: (2, 4, 8)
+        y_t, (h, c) = layer.step(keras.ops.ones((2, 3)), (h, c))  # (2, 8)
     """
 
     gates = 4
@@ -299,9 +313,17 @@ class GRU(Gated):
     Weights: kernel W `(d, 3 units)`, recurrent_kernel U `(units, 3 units)`, bias b `(2, 3 units)` (for W and for U), or
     `(3 units,)` if `reset_after=False`; in the order z, r, n.
 
-    Raises: ValueError if units < 1.
+    Raises: ValueError if units < 1 or a dropout rate is not from 0 to 1.
 
-    Source: Cho et al. 2014, arXiv:1406.1078, eq. 5-8.
+    Source: Cho et al. 2014, arXiv:1406.1078, eq. 5-8; Gal & Ghahramani 2016, arXiv:1512.05287 (dropout: one draw for
+    all steps).
+
+    Example:
+
+        layer = keras_seq.layers.GRU(8)
+        mask = np.array([[True, True, True, True, True], [True, True, True, False, False]])
+        y, h = layer(keras.ops.ones((2, 5, 3)), mask=mask, return_state=True)  # (2, 8), (2, 8)
+        y_t, h = layer.step(keras.ops.ones((2, 3)), h)  # (2, 8), (2, 8)
     """
 
     gates = 3

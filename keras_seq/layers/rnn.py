@@ -27,6 +27,8 @@ class RNN(Recurrent):
 
     Raises: ValueError if the cell is not callable or does not tell its first state.
 
+    Source: the interface of a cell is that of `keras.layers.RNN`.
+
     Example:
 
         class Sum:

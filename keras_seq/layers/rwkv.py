@@ -19,7 +19,9 @@ CHANNEL_MIXING = {4: RWKV4ChannelMixing, 5: RWKV5ChannelMixing, 6: RWKV6ChannelM
 
 @keras.saving.register_keras_serializable("keras_seq")
 class RWKVBlock(SequenceLayer):
-    """A block of RWKV: `x = x + time_mixing(ln1(x))`; `x = x + channel_mixing(ln2(x))`.
+    """A block of RWKV: time mixing, then channel mixing, each on a residual branch after a norm.
+
+    `x = x + time_mixing(ln1(x))`; `x = x + channel_mixing(ln2(x))`
 
     Args:
         version: 4, 5, 6 or 7.
@@ -31,7 +33,8 @@ class RWKVBlock(SequenceLayer):
             those of `keras.layers.Layer`.
 
     Call: x `(b, t, d)`, mask `(b, t)` bool or None -> `(b, t, d)`; the state is that of the time mixing and that of the
-    channel mixing.
+    channel mixing: `((last ln1(x) (b, d), S (b, h, n, n)), last ln2(x) (b, d))`, with three sums `(b, d)` in place of S
+    in version 4.
 
     Raises: ValueError for an unknown version, and for what the layers inside refuse.
 

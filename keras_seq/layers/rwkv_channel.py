@@ -25,6 +25,12 @@ class RWKV4ChannelMixing(ChannelMixing):
     Raises: ValueError for a `hidden_dim` < 1 and a `layer_index` that is not below `num_layers`.
 
     Source: Peng et al. 2023, arXiv:2305.13048, eq. 14, 15 and 18.
+
+    Example:
+
+        layer = keras_seq.layers.RWKV4ChannelMixing(hidden_dim=32)
+        y, last = layer(keras.ops.ones((2, 5, 8)), return_state=True)  # (2, 5, 8), (2, 8)
+        y_t, last = layer.step(keras.ops.ones((2, 8)), last)  # (2, 8), (2, 8)
     """
 
     tall_gain = True  # an orthogonal matrix with more columns than rows has sqrt(columns / rows) as its gain
@@ -59,9 +65,24 @@ class RWKV4ChannelMixing(ChannelMixing):
 class RWKV5ChannelMixing(RWKV4ChannelMixing):
     """The channel mixing of RWKV-5: that of RWKV-4 with a smaller `hidden_dim`, 3.5 times the size of the input.
 
-    Args, Call, Raises: as in `RWKV4ChannelMixing`; the default `hidden_dim` is rounded down to a multiple of 32.
+    `x_i = x_t mu_i + x_{t-1} (1 - mu_i)` for i = k, r;  `y = sigmoid(x_r W_r) * (relu(x_k W_k)^2 W_v)`.
+
+    Args:
+        hidden_dim: size inside; default 3.5 times that of the input, rounded down to a multiple of 32, but at least 32.
+        layer_index, num_layers: which layer of how many this is in its model, by which the initial values differ.
+        **kwargs: `stateful` and those of `keras.layers.Layer`.
+
+    Call: x `(b, t, d)`, mask `(b, t)` bool or None -> y `(b, t, d)`; the state is the last valid step of x `(b, d)`.
+
+    Raises: ValueError for a `hidden_dim` < 1 and a `layer_index` that is not below `num_layers`.
 
     Source: Peng et al. 2024, arXiv:2404.05892, section 4.
+
+    Example:
+
+        layer = keras_seq.layers.RWKV5ChannelMixing(hidden_dim=32)
+        y, last = layer(keras.ops.ones((2, 5, 8)), return_state=True)  # (2, 5, 8), (2, 8)
+        y_t, last = layer.step(keras.ops.ones((2, 8)), last)  # (2, 8), (2, 8)
     """
 
     tall_gain = False
@@ -76,9 +97,22 @@ class RWKV6ChannelMixing(RWKV5ChannelMixing):
 
     `x_i = x_t + (x_{t-1} - x_t) mu_i` for i = k, r;  `y = sigmoid(x_r W_r) * (relu(x_k W_k)^2 W_v)`.
 
-    Args, Call, Raises: as in `RWKV5ChannelMixing`.
+    Args:
+        hidden_dim: size inside; default 3.5 times that of the input, rounded down to a multiple of 32, but at least 32.
+        layer_index, num_layers: which layer of how many this is in its model, by which the initial values differ.
+        **kwargs: `stateful` and those of `keras.layers.Layer`.
+
+    Call: x `(b, t, d)`, mask `(b, t)` bool or None -> y `(b, t, d)`; the state is the last valid step of x `(b, d)`.
+
+    Raises: ValueError for a `hidden_dim` < 1 and a `layer_index` that is not below `num_layers`.
 
     Source: Peng et al. 2024, arXiv:2404.05892, section 4.
+
+    Example:
+
+        layer = keras_seq.layers.RWKV6ChannelMixing(hidden_dim=32)
+        y, last = layer(keras.ops.ones((2, 5, 8)), return_state=True)  # (2, 5, 8), (2, 8)
+        y_t, last = layer.step(keras.ops.ones((2, 8)), last)  # (2, 8), (2, 8)
     """
 
     def _add_mixes(self):
@@ -105,6 +139,12 @@ class RWKV7ChannelMixing(ChannelMixing):
     Raises: ValueError for a `hidden_dim` < 1 and a `layer_index` that is not below `num_layers`.
 
     Source: Peng et al. 2025, arXiv:2503.14456, eq. 22 and 23.
+
+    Example:
+
+        layer = keras_seq.layers.RWKV7ChannelMixing(hidden_dim=32)
+        y, last = layer(keras.ops.ones((2, 5, 8)), return_state=True)  # (2, 5, 8), (2, 8)
+        y_t, last = layer.step(keras.ops.ones((2, 8)), last)  # (2, 8), (2, 8)
     """
 
     def build(self, input_shape):

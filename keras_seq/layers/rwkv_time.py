@@ -41,6 +41,12 @@ class RWKV4TimeMixing(RWKVLayer):
     Raises: ValueError for a `layer_index` that is not below `num_layers`.
 
     Source: Peng et al. 2023, arXiv:2305.13048, eq. 11-18.
+
+    Example:
+
+        layer = keras_seq.layers.RWKV4TimeMixing()
+        y, (last, sums) = layer(keras.ops.ones((2, 5, 8)), return_state=True)  # (2, 5, 8), ((2, 8), 3 times (2, 8))
+        y_t, state = layer.step(keras.ops.ones((2, 8)), (last, sums))  # (2, 8)
     """
 
     def build(self, input_shape):
@@ -92,9 +98,16 @@ class RWKV5TimeMixing(TimeMixing):
     Call: x `(b, t, d)`, mask `(b, t)` bool or None -> y `(b, t, d)`; the state is the last valid step of x `(b, d)`,
     and S `(b, h, n, n)`, keys before values.
 
-    Raises: ValueError for a `head_dim` that does not divide d, and an unknown revision.
+    Raises: ValueError for a `head_dim` that does not divide d, a `layer_index` that is not below `num_layers`, and an
+    unknown revision.
 
     Source: Peng et al. 2024, arXiv:2404.05892, eq. 3-9.
+
+    Example:
+
+        layer = keras_seq.layers.RWKV5TimeMixing(head_dim=4)
+        y, (last, s) = layer(keras.ops.ones((2, 5, 8)), return_state=True)  # (2, 5, 8), ((2, 8), (2, 2, 4, 4))
+        y_t, state = layer.step(keras.ops.ones((2, 8)), (last, s))  # (2, 8)
     """
 
     def __init__(self, head_dim=64, layer_index=0, num_layers=1, revision="5.2", trainable_state=False, **kwargs):
@@ -159,9 +172,16 @@ class RWKV6TimeMixing(TimeMixing):
     Call: x `(b, t, d)`, mask `(b, t)` bool or None -> y `(b, t, d)`; the state is the last valid step of x `(b, d)`,
     and S `(b, h, n, n)`, keys before values.
 
-    Raises: ValueError for a `head_dim` that does not divide d.
+    Raises: ValueError for a `head_dim` that does not divide d, a `layer_index` that is not below `num_layers`, and
+    ranks < 1.
 
     Source: Peng et al. 2024, arXiv:2404.05892, eq. 10-19.
+
+    Example:
+
+        layer = keras_seq.layers.RWKV6TimeMixing(head_dim=4)
+        y, (last, s) = layer(keras.ops.ones((2, 5, 8)), return_state=True)  # (2, 5, 8), ((2, 8), (2, 2, 4, 4))
+        y_t, state = layer.step(keras.ops.ones((2, 8)), (last, s))  # (2, 8)
     """
 
     def __init__(
@@ -245,9 +265,16 @@ class RWKV7TimeMixing(TimeMixing):
     Call: x `(b, t, d)`, mask `(b, t)` bool or None -> y `(b, t, d)`; the state is the last valid step of x `(b, d)`,
     and S `(b, h, n, n)`, values before keys. A layer that is not the first, called alone, takes its own v as v_first.
 
-    Raises: ValueError for a `head_dim` that does not divide d, and ranks < 1.
+    Raises: ValueError for a `head_dim` that does not divide d, a `layer_index` that is not below `num_layers`, and
+    ranks < 1.
 
     Source: Peng et al. 2025, arXiv:2503.14456, eq. 3-21.
+
+    Example:
+
+        layer = keras_seq.layers.RWKV7TimeMixing(head_dim=4)
+        y, (last, s) = layer(keras.ops.ones((2, 5, 8)), return_state=True)  # (2, 5, 8), ((2, 8), (2, 2, 4, 4))
+        y_t, state = layer.step(keras.ops.ones((2, 8)), (last, s))  # (2, 8)
     """
 
     def __init__(

@@ -161,14 +161,34 @@ class TransformerEncoderBlock(TransformerBlock):
 
     `x = x + attention(norm(x))`; `x = x + feedforward(norm(x))`; with `norm_first=False` the norms come after.
 
-    Args: as in `TransformerBlock`: num_heads, hidden_dim, head_dim, activation, norm, norm_first, epsilon, dropout,
-        attention_dropout, use_bias, kernel_initializer, num_kv_heads, position, window, sinks, qk_norm, soft_cap.
+    Args:
+        num_heads: number of heads.
+        hidden_dim: size inside the feed-forward network; default 4 times that of the input.
+        head_dim: size of a head; default that of the input divided by `num_heads`.
+        activation: of the feed-forward network, as in `FeedForward`.
+        norm: `"layer"` or `"rms"`.
+        norm_first: whether the norm is before (True) or after.
+        epsilon: of the norms.
+        dropout: rate, on each branch before it is added, in training.
+        attention_dropout: rate, on the attention weights, in training.
+        use_bias: whether the projections have biases.
+        kernel_initializer: of all matrices.
+        num_kv_heads, position, window, sinks, qk_norm, soft_cap: of the attention, as in `MultiHeadAttention`.
+        max_length: without effect, since there is no state.
+        **kwargs: those of `keras.layers.Layer`.
 
-    Call: x `(b, t, d)`, mask `(b, t)` bool, segment_ids `(b, t)` int (packed sequences) -> y `(b, t, d)`.
+    Call: x `(b, t, d)`, mask `(b, t)` bool, segment_ids `(b, t)` int (packed sequences) -> y `(b, t, d)`. It has no
+    state.
 
     Raises: ValueError for what `MultiHeadAttention` refuses, an unknown norm; `step` and states: it needs the future.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, fig. 1; Xiong et al. 2020, arXiv:2002.04745 (norm first).
+
+    Example:
+
+        block = keras_seq.layers.TransformerEncoderBlock(num_heads=2)
+        mask = np.array([[True, True, True, True, True], [True, True, True, False, False]])
+        y = block(keras.ops.ones((2, 5, 8)), mask=mask)  # (2, 5, 8)
     """
 
     def call(  # type: ignore[override]
@@ -197,20 +217,39 @@ class TransformerDecoderBlock(TransformerBlock):
 
     Args:
         num_heads: number of heads.
+        hidden_dim: size inside the feed-forward network; default 4 times that of the input.
         cross_attention: whether there is a second sequence to attend to.
-        **kwargs: as in `TransformerBlock`: hidden_dim, head_dim, activation, norm, norm_first, epsilon, dropout,
-            attention_dropout, use_bias, kernel_initializer, num_kv_heads, position, window, sinks, qk_norm, soft_cap,
-            max_length, and those of `keras.layers.Layer`.
+        head_dim: size of a head; default that of the input divided by `num_heads`.
+        activation: of the feed-forward network, as in `FeedForward`.
+        norm: `"layer"` or `"rms"`.
+        norm_first: whether the norm is before (True) or after.
+        epsilon: of the norms.
+        dropout: rate, on each branch before it is added, in training.
+        attention_dropout: rate, on the attention weights, in training.
+        use_bias: whether the projections have biases.
+        kernel_initializer: of all matrices.
+        num_kv_heads, position, window, sinks, qk_norm, soft_cap, max_length: of the self-attention, as in
+            `MultiHeadAttention`.
+        **kwargs: `stateful` and those of `keras.layers.Layer`.
 
     Call: x `(b, t, d)`, mask `(b, t)` bool, memory `(b, s, d')` and memory_mask `(b, s)` bool of the second sequence,
-    segment_ids `(b, t)` int, initial_state, return_state -> y `(b, t, d)`. The state is that of `MultiHeadAttention`;
-    with cross attention a pair of that and of `(keys, values, mask)` of the second sequence, computed once, by
-    `initial_state(batch_size, max_length, memory, memory_mask)`.
+    segment_ids `(b, t)` int, initial_state, return_state -> y `(b, t, d)`. The state is that of the self-attention,
+    `(keys, values, length)`: `(b, kv_heads, capacity, head)` twice, and `(b,)` int32. With cross attention it is a pair
+    of that and of `(keys, values, mask)` of the second sequence, `(b, heads, s, head)` twice, and `(b, s)` bool,
+    computed once, by `initial_state(batch_size, max_length, memory, memory_mask)`.
 
     Raises: ValueError for what `MultiHeadAttention` refuses, an unknown norm, a memory that is missing, unexpected or
-    of another shape.
+    of another shape, `stateful=True` with cross attention.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, fig. 1; Radford et al. 2019 (without cross attention).
+
+    Example:
+
+        block = keras_seq.layers.TransformerDecoderBlock(num_heads=2, cross_attention=True)
+        x, memory = keras.ops.ones((2, 5, 8)), keras.ops.ones((2, 7, 6))
+        y = block(x, memory)  # (2, 5, 8)
+        state = block.initial_state(batch_size=2, max_length=20, memory=memory)
+        y_t, state = block.step(x[:, 0], state)  # (2, 8)
     """
 
     causal = True

@@ -14,6 +14,9 @@ from keras_seq.models.scheduled_sampling import get_schedule
 class EncoderDecoder(LanguageModel):
     """A model of the next target token, given a source: `logits = model((source, target))`.
 
+    `p(y_t | y_1, ..., y_(t-1), source) = softmax(logits_t)`;
+    `loss = -mean_t ((1 - l) log p(y_t | ...) + l mean_v log p(v | ...))` over all tokens v, l the label smoothing.
+
     `fit(source, target)` trains with teacher forcing: the decoder sees `start_id` and all targets but the last, and its
     logits at each step are held against the target there. `fit((source, decoder_inputs), target)` leaves the shift to
     the caller. Without a loss in `compile` it is the mean cross-entropy in nats per token. Padding does not count.
@@ -32,9 +35,32 @@ class EncoderDecoder(LanguageModel):
         pad_id: the id that is padding in sources and targets where no mask is given; None if there is none.
         **kwargs: those of `keras.Model`.
 
+    Call: `(source, target)`, tokens `(b, s)` and `(b, t)`, the target from `start_id` on; or target tokens with an
+    `initial_state`; mask: a pair of bool arrays, or that of the target (default: where they are not `pad_id`);
+    `return_state`, `last_only`; `max_length`: capacity of the state that is returned -> logits
+    `(b, t, target_vocab_size)`. The state is `(own, memory)`: what earlier target tokens leave to later ones, and what
+    the subclass's `memory` makes of the source.
+
+    Raises: ValueError for sizes < 1, a `start_id` or `pad_id` outside of the vocabulary or a `start_id` that is
+    `pad_id`, a label smoothing that is not from 0 to below 1, an unknown `scheduled_sampling`, `stateful=True`; for a
+    call without a source, or with one and an `initial_state`; for `fit` without targets; for a token outside of the
+    vocabulary in `fit`, `generate` and `alignment`, and for `alignment` of a model without attention.
+
     A subclass writes `memory(source, mask, training)`, `hidden(tokens, state, mask, training)` from a state
     `(own, memory)`, `logits(h)`, `own_state(batch_size, max_length, memory)`, its `fresh_state` and `state_spec`, and
     `build`.
+
+    Source: Sutskever et al. 2014, arXiv:1409.3215; Szegedy et al. 2015, arXiv:1512.00567, section 7 (label smoothing);
+    Bengio et al. 2015, arXiv:1506.03099 (scheduled sampling).
+
+    Example:
+
+        model = keras_seq.models.Seq2Seq(source_vocab_size=30, target_vocab_size=40, d_model=8)  # a subclass
+        source, target = np.array([[5, 7, 9]]), np.array([[1, 4, 6, 8]])  # 1 is `start_id`
+        logits = model((source, target))  # (1, 4, 40)
+        state = model.initial_state(batch_size=1, max_length=10, source=source)
+        logits, state = model(target, initial_state=state, return_state=True)  # the same, and the state after it
+        logits, state = model.step(np.array([3]), state)  # (1, 40)
     """
 
     def __init__(
@@ -139,7 +165,9 @@ class EncoderDecoder(LanguageModel):
             target = self._sampled(target, mask, memory)
         return super().call(target, mask, None, False, training, last_only, memory=memory)
 
-    def prefill(self, prompt, mask, new):
+    reads_pieces = False  # a source is read whole
+
+    def prefill(self, prompt, mask, new, state=None):
         start = ops.full((prompt.shape[0], 1), self.start_id, dtype="int32")
         logits, state = self(
             (prompt, start), mask=(mask, None), return_state=True, training=False, last_only=True, max_length=new + 1

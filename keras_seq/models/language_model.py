@@ -13,6 +13,8 @@ from keras_seq.decoding.engine import reordered
 class LanguageModel(SequenceLayer, keras.Model):
     """A model of the next token: `logits, state = model(tokens, initial_state=None, return_state=True)`.
 
+    `p(x_(t+1) | x_1, ..., x_t) = softmax(logits_t)`; `loss = -mean_t log p(x_(t+1) | x_1, ..., x_t)`
+
     It is a sequence layer (the splitting law, `step`, `stateful`) and a Keras model (`fit`, `predict`, `save`).
 
     `fit(tokens)` trains with teacher forcing: the target of each token is the next one in its row.
@@ -24,9 +26,26 @@ class LanguageModel(SequenceLayer, keras.Model):
         pad_id: the id that is padding, in inputs and in targets, where no mask is given; None if there is none.
         **kwargs: `stateful` and those of `keras.Model`.
 
-    A call with `last_only=True` gives the logits of the last valid step of each row alone, `(b, 1, vocab_size)`.
+    Call: tokens `(b, t)` int, mask `(b, t)` bool (default: where they are not `pad_id`), initial_state, return_state ->
+    logits `(b, t, vocab_size)`; with `last_only=True` those of the last valid step of each row alone,
+    `(b, 1, vocab_size)`. The state is the subclass's: `initial_state(batch_size, max_length)` is the one before the
+    first token.
+
+    Raises: ValueError for a vocab_size < 1, a `pad_id` outside of the vocabulary, and in `fit` and `generate` a token
+    outside of it.
 
     A subclass writes `hidden(tokens, state, mask, training)`, `logits(h)`, `build` and `initial_state`.
+
+    Source: Bengio et al. 2003, "A neural probabilistic language model", JMLR 3; Williams & Zipser 1989 (teacher
+    forcing).
+
+    Example:
+
+        model = keras_seq.models.RecurrentLM(vocab_size=20, d_model=8)  # a subclass
+        logits, state = model(np.array([[5, 7, 3]]), return_state=True)  # (1, 3, 20)
+        logits, state = model.step(np.array([4]), state)  # (1, 20)
+        beams = model.beam_search([5, 7], max_new_tokens=4, num_beams=2)  # tokens (1, 4), scores (1,)
+        tokens = list(model.stream([5, 7], max_new_tokens=4, temperature=0.8, seed=0))  # as `generate`, one by one
     """
 
     def __init__(self, vocab_size, pad_id=0, **kwargs):
@@ -60,9 +79,15 @@ class LanguageModel(SequenceLayer, keras.Model):
         h, state = self.hidden(x, state, mask, training, **given)
         return self.logits(_last_valid(h, mask) if last_only else h), state
 
-    def prefill(self, prompt, mask, new):
-        """Reads a prompt `(b, t)`, in one piece: the logits after it `(b, vocab_size)`, and a state for `new` more."""
-        state = self.initial_state(prompt.shape[0], prompt.shape[1] + new)
+    reads_pieces = True  # of a long prompt
+
+    def read(self, prompt, mask, state):
+        """The state after a piece of a prompt `(b, t)`."""
+        return self(prompt, mask=mask, initial_state=state, return_state=True, training=False, last_only=True)[1]
+
+    def prefill(self, prompt, mask, new, state=None):
+        """Reads a prompt `(b, t)`, from a state on if it is given: the logits after it, and a state for `new` more."""
+        state = self.initial_state(prompt.shape[0], prompt.shape[1] + new) if state is None else state
         logits, state = self(prompt, mask=mask, initial_state=state, return_state=True, training=False, last_only=True)
         return logits[:, 0], state
 

@@ -28,7 +28,7 @@ class RecurrentLM(LanguageModel):
         **kwargs: `stateful` and those of `keras.Model`.
 
     Call: tokens `(b, t)`, mask `(b, t)` bool or None -> logits `(b, t, vocab_size)`; the state is the tuple of the
-    layers' states.
+    layers' states, each h `(b, d_model)`, or of an LSTM `(h, c)`.
 
     Raises: ValueError for an unknown cell, and for sizes < 1.
 

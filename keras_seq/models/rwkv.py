@@ -44,7 +44,8 @@ class RWKV(LanguageModel):
             `value_rank`, `gate_rank`, `allow_negative_eigenvalues` (7); and `stateful` and those of `keras.Model`.
 
     Call: tokens `(b, t)`, mask `(b, t)` bool or None -> logits `(b, t, vocab_size)`. The state is the tuple of the
-    blocks' states: `((last input of the time mixing (b, d), S (b, h, n, n)), last input of the channel mixing (b, d))`.
+    blocks' states: `((last input of the time mixing (b, d), S (b, h, n, n)), last input of the channel mixing (b, d))`,
+    with three sums `(b, d)` in place of S in version 4.
 
     Raises: ValueError for an unknown version, sizes < 1, a `head_dim` that does not divide `d_model`.
 
@@ -233,7 +234,8 @@ class RWKV(LanguageModel):
             path: a `.pth` or `.safetensors` file. It appears, or is replaced, once all is written.
             dtype: `"float32"` (the default), `"float16"` or `"bfloat16"`.
 
-        Raises: ValueError for a model that is quantized or has LoRA, which has no official form.
+        Raises: ValueError for a model that is quantized, has LoRA, or `allow_negative_eigenvalues`: it has no official
+            form.
         """
         self._built()
         write_arrays(path, official.arrays_of(self), dtype)

@@ -10,7 +10,12 @@ _MULTIPLES = {"w0": 2.0, "time_decay": 2.0, "time_first": 3.0}
 
 @keras.saving.register_keras_serializable("keras_seq")
 class GroupedAdamW(keras.optimizers.AdamW):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with a learning rate of their own for some weights.
+    """AdamW with a learning rate of their own for some weights.
+
+    `m' = beta_1 m + (1 - beta_1) g`; `v' = beta_2 v + (1 - beta_2) g^2`;
+    `theta' = theta - c alpha (sqrt(1 - beta_2^t) / (1 - beta_1^t) m' / (sqrt(v') + epsilon) + lambda theta)`, where c
+    is the multiple of the weight, alpha the learning rate, and lambda the weight decay, 0 for weights that are not
+    `decayed`.
 
     Args:
         learning_rate: as in `keras.optimizers.AdamW`.
@@ -21,9 +26,13 @@ class GroupedAdamW(keras.optimizers.AdamW):
 
     Raises: ValueError for a multiple below 0.
 
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
+
     Example:
 
-        optimizer = keras_seq.models.GroupedAdamW(1e-3, multiples={"bias": 2.0}, decayed=["kernel"])
+        optimizer = keras_seq.models.GroupedAdamW(1e-3, multiples={"bias": 2.0}, decayed=["kernel"], weight_decay=0.01)
+        model = keras_seq.models.RecurrentLM(vocab_size=20, d_model=8)
+        model.compile(optimizer)
     """
 
     def __init__(self, learning_rate=0.001, multiples=None, decayed=None, **kwargs):
@@ -61,11 +70,13 @@ class GroupedAdamW(keras.optimizers.AdamW):
 
 
 def rwkv_optimizer(model, learning_rate=6e-4, weight_decay=0.001, **kwargs):
-    """The optimizer of the official training code: Adam with groups of weights.
+    """The optimizer of the official training code of RWKV: AdamW with groups of weights.
 
-    Weight decay is for matrices alone. The decay in time is learned 2 times as fast as the rest (`w0` of RWKV-7,
-    `time_decay` of the earlier), the bonus of the present step 3 times (`time_first`). The betas are 0.9 and 0.99,
-    epsilon is 1e-18.
+    `theta' = theta - c alpha (Adam(g) + lambda theta)`, as in `GroupedAdamW`.
+
+    Weight decay lambda is for matrices alone. The decay in time is learned 2 times as fast as the rest (`c = 2`: `w0`
+    of RWKV-7, `time_decay` of the earlier), the bonus of the present step 3 times (`c = 3`: `time_first`). The betas
+    are 0.9 and 0.99, epsilon is 1e-18.
 
     Args:
         model: an `RWKV`, or another model with blocks of it.

@@ -23,14 +23,24 @@ class _Schedule:
 
 @keras.saving.register_keras_serializable("keras_seq")
 class ConstantSampling(_Schedule):
-    """`p = probability`.
+    """Scheduled sampling where the probability of the true token is the same at all train steps.
+
+    `p = probability`, where p is the probability of the true token.
 
     Args:
         probability: of the true token, from 0 to 1.
 
+    Call: step, the number of train steps so far, an integer or a tensor of integers -> p, float32 of the same shape.
+
     Raises: ValueError outside of that range.
 
     Source: Bengio et al. 2015, arXiv:1506.03099, section 2.4 ("always sampling" with 0).
+
+    Example:
+
+        schedule = keras_seq.models.ConstantSampling(0.75)
+        p = [float(schedule(step)) for step in (0, 100, 1000)]  # [0.75, 0.75, 0.75]
+        model = keras_seq.models.Seq2Seq(30, 40, d_model=8, scheduled_sampling=schedule)
     """
 
     def __init__(self, probability=0.75):
@@ -42,15 +52,25 @@ class ConstantSampling(_Schedule):
 
 @keras.saving.register_keras_serializable("keras_seq")
 class LinearSampling(_Schedule):
-    """`p = max(floor, 1 - step / steps)`.
+    """Scheduled sampling where the probability of the true token falls linearly with the train steps.
+
+    `p = max(floor, 1 - step / steps)`, where p is the probability of the true token.
 
     Args:
         steps: number of train steps after which p would be 0.
         floor: the least p.
 
+    Call: step, the number of train steps so far, an integer or a tensor of integers -> p, float32 of the same shape.
+
     Raises: ValueError for steps < 1 and a floor that is not from 0 to 1.
 
     Source: Bengio et al. 2015, arXiv:1506.03099, section 2.4.
+
+    Example:
+
+        schedule = keras_seq.models.LinearSampling(steps=400, floor=0.25)
+        p = [float(schedule(step)) for step in (0, 100, 1000)]  # [1.0, 0.75, 0.25]
+        model = keras_seq.models.Seq2Seq(30, 40, d_model=8, scheduled_sampling=schedule)
     """
 
     def __init__(self, steps, floor=0.0):
@@ -64,15 +84,25 @@ class LinearSampling(_Schedule):
 
 @keras.saving.register_keras_serializable("keras_seq")
 class ExponentialSampling(_Schedule):
-    """`p = max(floor, k^step)`.
+    """Scheduled sampling where the probability of the true token falls exponentially with the train steps.
+
+    `p = max(floor, k^step)`, where p is the probability of the true token.
 
     Args:
-        k: from 0 to below 1.
+        k: above 0 and below 1.
         floor: the least p.
 
-    Raises: ValueError outside of these ranges.
+    Call: step, the number of train steps so far, an integer or a tensor of integers -> p, float32 of the same shape.
+
+    Raises: ValueError for a k outside of that range and a floor that is not from 0 to 1.
 
     Source: Bengio et al. 2015, arXiv:1506.03099, section 2.4.
+
+    Example:
+
+        schedule = keras_seq.models.ExponentialSampling(k=0.99, floor=0.1)
+        p = [float(schedule(step)) for step in (0, 100, 1000)]  # [1.0, 0.366..., 0.1]
+        model = keras_seq.models.Seq2Seq(30, 40, d_model=8, scheduled_sampling=schedule)
     """
 
     def __init__(self, k, floor=0.0):
@@ -86,15 +116,26 @@ class ExponentialSampling(_Schedule):
 
 @keras.saving.register_keras_serializable("keras_seq")
 class InverseSigmoidSampling(_Schedule):
-    """`p = max(floor, k / (k + exp(step / k)))`: near 1 for long, 1/2 after `k log(k)` steps.
+    """Scheduled sampling where the probability of the true token falls along a sigmoid of the train steps.
+
+    `p = max(floor, k / (k + exp(step / k)))`, where p is the probability of the true token: near 1 for long, if k is
+    large, and 1/2 after `k log(k)` steps.
 
     Args:
         k: >= 1.
         floor: the least p.
 
-    Raises: ValueError outside of these ranges.
+    Call: step, the number of train steps so far, an integer or a tensor of integers -> p, float32 of the same shape.
+
+    Raises: ValueError for k < 1 and a floor that is not from 0 to 1.
 
     Source: Bengio et al. 2015, arXiv:1506.03099, section 2.4.
+
+    Example:
+
+        schedule = keras_seq.models.InverseSigmoidSampling(k=100)
+        p = [float(schedule(step)) for step in (0, 100, 1000)]  # [0.990..., 0.973..., 0.004...]
+        model = keras_seq.models.Seq2Seq(30, 40, d_model=8, scheduled_sampling=schedule)
     """
 
     def __init__(self, k, floor=0.0):

@@ -167,14 +167,15 @@ class _Case:
         tolerance = tolerance or self.tolerance
         for group in expected if isinstance(expected, dict) else [None]:
             pairs = (got, expected) if group is None else (got[group], expected[group])
+            where = what if group is None else f"{what} ({group})"
             got_leaves, expected_leaves = (tree.flatten(_numpy(v)) for v in pairs)
-            assert len(got_leaves) == len(expected_leaves), f"{what}: the structure differs"
+            assert len(got_leaves) == len(expected_leaves), f"{where}: the structure differs"
             scale = max([1e-3, *(np.abs(e).max() for e in expected_leaves if e.size)])
             for g, e in zip(got_leaves, expected_leaves, strict=True):
-                assert g.shape == e.shape, f"{what} ({group}): shape {g.shape}, expected {e.shape}"
-                assert np.isfinite(g).all(), f"{what} ({group}): not finite"
+                assert g.shape == e.shape, f"{where}: shape {g.shape}, expected {e.shape}"
+                assert np.isfinite(g).all(), f"{where}: not finite"
                 error = np.abs(g - e).max() / scale if g.size else 0.0
-                assert error <= tolerance, f"{what} ({group}): differs by {error:.1e} of {scale:.1e} > {tolerance:.0e}"
+                assert error <= tolerance, f"{where}: differs by {error:.1e} of {scale:.1e} > {tolerance:.0e}"
 
     def state_after_some_steps(self):
         """A state that is not the first one."""

@@ -6,7 +6,8 @@ import pytest
 from keras import ops
 
 from keras_seq import decoding
-from keras_seq.models import RecurrentLM
+from keras_seq.decoding import engine
+from keras_seq.models import RWKV, RecurrentLM, TransformerLM
 
 V = 11
 N = 7  # no power of two
@@ -134,6 +135,33 @@ def test_stream_is_generate(model, prompt, arguments):
     streamed = [first, *stream]
     assert isinstance(first, int) == (tokens.ndim == 1)
     np.testing.assert_array_equal(np.stack(streamed, -1), tokens)
+
+
+LONG = {
+    "recurrent": lambda: make_model(),
+    "attention": lambda: TransformerLM(V, 8, 1, 2, max_length=64, position="rotary"),
+    "RWKV": lambda: RWKV(V, 8, 1, head_dim=4),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_prompts_are_read_in_pieces(name, monkeypatch):
+    """Of rows of any lengths; one that ends before the last piece is read with the rest of them at once."""
+    model = LONG[name]()
+    model.build((None, None))
+    random_weights(model, 3)
+    prompt = np.random.default_rng(0).integers(1, V, (2, 11))
+    left, right = np.arange(11) >= [[5], [0]], np.arange(11) < [[3], [11]]
+    expected = [model.generate(prompt, 3, mask=mask) for mask in (left, right)]
+    pieces = []
+    monkeypatch.setattr(engine, "PIECE", 4)
+    monkeypatch.setattr(engine, "progress", lambda items, what: pieces.extend(items) or items)
+    np.testing.assert_array_equal(model.generate(prompt, 3, mask=left), expected[0])
+    assert len(pieces) > 1
+    np.testing.assert_array_equal(np.stack(list(model.stream(prompt, 3, mask=left)), 1), expected[0])
+    pieces.clear()
+    np.testing.assert_array_equal(model.generate(prompt, 3, mask=right), expected[1])
+    assert not pieces
 
 
 def test_stream_keeps_no_gradients(model):
