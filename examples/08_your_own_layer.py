@@ -276,7 +276,8 @@ assert len(CHECKS) == 13
 
 `Stack` runs layers one after another, and is one layer itself: its state is the tuple of theirs, and it hands the mask
 on. `Residual` adds its input to what the layers inside make of it. Keras's layers that act on each time step alone may
-stand between them. They are wrapped in `TimeWise`, which you need not write, except to give such a layer a `step` of its own.
+stand between them. They are wrapped in `TimeWise`, which you need not write, except to give such a layer a `step` of
+its own.
 """
 
 

@@ -140,8 +140,9 @@ def read_pieces(model, prompt, mask, new):
     """Reads a long prompt but for its end: `(end of the prompt, its mask, state)`; of a short one the state is None."""
     length = prompt.shape[1]
     cut = (length - 1) // PIECE * PIECE
-    # A row that ends before the last piece needs its logits before.
-    if not cut or not getattr(model, "reads_pieces", False) or not ops.convert_to_numpy(mask)[:, cut:].any(axis=1).all():
+    if not cut or not getattr(model, "reads_pieces", False):
+        return prompt, mask, None
+    if not ops.convert_to_numpy(mask)[:, cut:].any(axis=1).all():  # a row that ends before needs its logits from there
         return prompt, mask, None
     read, state = compiled(model, Functions, "read", (), (), None), model.initial_state(len(prompt), length + new)
     for i in progress(range(0, cut, PIECE), "reading the prompt"):
