@@ -1,5 +1,6 @@
 """What must happen before a backend is imported, and one seed for every test."""
 
+import gc
 import importlib.util
 import os
 
@@ -29,6 +30,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if os.environ.get("KERAS_BACKEND") in ("jax", "tensorflow"):
     collect_ignore = [
         "test_arrows.py",
+        "test_benchmarks.py",
+        "test_progress.py",
         "test_site.py",
         "text",
         *(f"checkpoints/test_{name}.py" for name in ("files", "pth", "safetensors")),
@@ -39,6 +42,9 @@ if importlib.util.find_spec("torch"):
     import torch  # noqa: F401
 
 import keras
+
+# Graphs and compiled functions are millions of objects, and stay: to look through them again and again takes time.
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)

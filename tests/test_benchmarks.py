@@ -5,11 +5,9 @@ import json
 import re
 from pathlib import Path
 
-import keras
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(keras.config.backend() != "torch", reason="the same on each backend: tested on one")
 
 
 def load():

@@ -16,7 +16,12 @@ import keras_seq
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [page for page in [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"] if "```python\n" in page.read_text()]
+PAGES = [
+    page
+    for page in [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
+    # Tutorials run by themselves, in a small setting.
+    if "```python\n" in page.read_text() and page.parent.name != "tutorials"
+]
 REFERENCE = runpy.run_path(str(DOCS / "reference.py"))
 INTERNAL = {"backend", "base", "ops", "progress"}
 MODULES = ["keras_seq"] + sorted(
