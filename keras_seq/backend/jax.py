@@ -319,3 +319,11 @@ def slower_in_chunks(name, x, training):
     if (name == "wkv4" or not training) and jax.default_backend() == "cpu":
         return "on a CPU a scan is faster"
     return None
+
+
+def chunks_in_turn():
+    """Whether the chunks of a recurrence are faster one after another than all at once: less memory is touched."""
+    return jax.default_backend() == "cpu"
+
+
+recomputed = jax.checkpoint

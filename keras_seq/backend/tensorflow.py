@@ -268,3 +268,8 @@ def slower_in_chunks(name, x, training):
     Without gradients that would hold for long sequences too under XLA, but not in a graph, where a loop is slow.
     """
     return "few steps" if x.shape[1] is not None and x.shape[1] < 8 else None
+
+
+def chunks_in_turn():
+    """Whether the chunks of a recurrence are faster one after another than all at once."""
+    return False

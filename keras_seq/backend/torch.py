@@ -261,3 +261,8 @@ class _GRU(torch.autograd.Function):
 def slower_in_chunks(name, x, training):
     """Why the recurrence `name` of `keras_seq.ops.wkv` on `x` `(b, t, ...)` is faster step by step, or None."""
     return "few steps" if x.shape[1] < 8 else None
+
+
+def chunks_in_turn():
+    """Whether the chunks of a recurrence are faster one after another than all at once."""
+    return False

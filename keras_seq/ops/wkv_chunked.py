@@ -11,6 +11,7 @@ import math
 import numpy as np
 from keras import ops
 
+from keras_seq import backend
 from keras_seq.ops.scan import scan
 from keras_seq.ops.wkv_recurrent import LEAST, WKV4State, larger, masked, wkv4_inputs, wkv4_next, wkv4_output
 
@@ -47,6 +48,17 @@ def _transposed(x):
     return ops.swapaxes(x, -1, -2)
 
 
+def _in_turn(chunk, state, *xs):
+    """`state, y = chunk(state, *xs)` for one chunk `(b, h, c, ...)` after another, of `xs` `(b, h, n, c, ...)`.
+
+    What is inside a chunk is computed a second time in the backward pass: on a CPU that is faster than to store it for
+    all chunks and to fetch it from memory.
+    """
+    first = [ops.transpose(x, (2, 0, 1, 3, 4)) for x in xs]
+    state, y = scan(backend.current().recomputed(lambda s, x: chunk(s, *x)), state, tuple(first))
+    return ops.transpose(y, (1, 2, 0, 3, 4)), state
+
+
 def _states(step, state, *xs):
     """The state before each chunk `(b, h, n, ...)`, and the last; `xs` are `(b, h, n, ...)`."""
     first = [ops.transpose(x, (2, 0, 1, *range(3, len(x.shape)))) for x in xs]
@@ -60,30 +72,50 @@ def wkv7(r, w, k, v, a, b, state, mask=None, training=False):
     With `c_t` the sum of w up to step t, what step s adds is decayed to `exp(c_t - c_s)` at step t. It is split into
     `exp(c_t - m) exp(m - c_s)`, m the middle of the sums of the chunk, so that a product gives all pairs of steps. As
     `w > -exp(-0.5)`, no factor is above `exp(0.31 c)`. What a step removes depends on what the steps before it in the
-    chunk removed: a triangular system. A chunk then is an affine map of the state, `S -> S M + P`.
+    chunk removed: a triangular system. Either the chunks come in turn, or each becomes an affine map of the state,
+    `S -> S M + P`, and only these maps come in turn.
     """
     size, time = _length(r.shape[1]), ops.shape(r)[1]
-    r, w, k, v, a, b = (_chunks(x, size) for x in masked(mask, state, r, w, k, v, a, b))
-    dtype = state.dtype
-    total = _triangle(size, 0, dtype) @ w
-    end = total[..., -1:, :]
-    middle = 0.5 * end
-    upto, grown = ops.exp(total - middle), ops.exp(middle - total)
-    before, half = ops.exp(total - w - middle), ops.exp(middle)
-    a, r, b, k = a * before, r * upto, b * grown, k * grown
-    past, present = _triangle(size, -1, dtype), _triangle(size, 0, dtype)
-    ab, ak = (a @ _transposed(b)) * past, (a @ _transposed(k)) * past
-    rb, rk = (r @ _transposed(b)) * present, (r @ _transposed(k)) * present
+    xs = [_chunks(x, size) for x in masked(mask, state, r, w, k, v, a, b)]
+    y, state = (_wkv7_in_turn if backend.current().chunks_in_turn() else _wkv7_at_once)(*xs, state)
+    return _steps(y, time), state
+
+
+def _wkv7_in_turn(r, w, k, v, a, b, state):
+    def chunk(state, r, w, k, v, a, b):
+        r, k, a, b, half, system, ak, rb, rk = _wkv7_pairs(r, w, k, a, b)
+        carried = state * half
+        removed = ops.solve_triangular(system, ak @ v + a @ _transposed(carried), lower=True)
+        y = rb @ removed + rk @ v + r @ _transposed(carried)
+        return (carried + _transposed(removed) @ b + _transposed(v) @ k) * half, y
+
+    return _in_turn(chunk, state, r, w, k, v, a, b)
+
+
+def _wkv7_at_once(r, w, k, v, a, b, state):
+    r, k, a, b, half, system, ak, rb, rk = _wkv7_pairs(r, w, k, a, b)
     # What each step removes: of the values in the chunk, and of the state before it.
-    one = ops.eye(size, dtype=dtype)
-    inverse = ops.solve_triangular(one - ab, ops.broadcast_to(one, ops.shape(ab)), lower=True)
+    one = ops.eye(system.shape[-1], dtype=system.dtype)
+    inverse = ops.solve_triangular(system, ops.broadcast_to(one, ops.shape(system)), lower=True)
     of_values, of_state = inverse @ (ak @ v), inverse @ (a * half)
     b, k = b * half, k * half
     added = _transposed(of_values) @ b + _transposed(v) @ k
-    kept = _transposed(of_state) @ b + ops.eye(b.shape[-1], dtype=dtype) * ops.exp(end)
+    kept = _transposed(of_state) @ b + ops.eye(b.shape[-1], dtype=b.dtype) * ops.square(half)
     before, state = _states(lambda s, kept, added: s @ kept + added, state, kept, added)
-    y = rb @ of_values + rk @ v + (rb @ of_state + r * half) @ _transposed(before)
-    return _steps(y, time), state
+    return rb @ of_values + rk @ v + (rb @ of_state + r * half) @ _transposed(before), state
+
+
+def _wkv7_pairs(r, w, k, a, b):
+    """r, k, a, b, decayed to or from the middle of their chunk; the decay of half a chunk; how its steps meet."""
+    size, dtype = r.shape[-2], r.dtype
+    total = _triangle(size, 0, dtype) @ w
+    middle = 0.5 * total[..., -1:, :]
+    upto, grown, before = ops.exp(total - middle), ops.exp(middle - total), ops.exp(total - w - middle)
+    a, r, b, k = a * before, r * upto, b * grown, k * grown
+    past, present = _triangle(size, -1, dtype), _triangle(size, 0, dtype)
+    system = ops.eye(size, dtype=dtype) - (a @ _transposed(b)) * past
+    ak, rb, rk = (a @ _transposed(k)) * past, (r @ _transposed(b)) * present, (r @ _transposed(k)) * present
+    return r, k, a, b, ops.exp(middle), system, ak, rb, rk
 
 
 def wkv6(r, k, v, w, u, state, mask=None, training=False):
@@ -94,12 +126,28 @@ def wkv6(r, k, v, w, u, state, mask=None, training=False):
     sums, so none is above 0, however low w is, and none loses digits.
     """
     size, time = _length(r.shape[1]), ops.shape(r)[1]
-    r, k, v, w = (_chunks(x, size) for x in masked(mask, state, r, k, v, w))
-    u = ops.cast(u, r.dtype)[:, None, None]
-    lead, channels = ops.shape(r)[:3], r.shape[-1]
+    xs = [_chunks(x, size) for x in masked(mask, state, r, k, v, w)]
+    u = ops.cast(u, state.dtype)[:, None]
+    if backend.current().chunks_in_turn():
+
+        def chunk(state, *xs):
+            y, r, kept, added = _wkv6_within(*xs, u)
+            return kept * state + added, y + r @ state
+
+        y, state = _in_turn(chunk, state, *xs)
+    else:
+        y, r, kept, added = _wkv6_within(*xs, u[:, None])
+        states, state = _states(lambda s, kept, added: kept * s + added, state, kept, added)
+        y = y + r @ states
+    return _steps(y, time), state
+
+
+def _wkv6_within(r, k, v, w, u):
+    """Of chunks: y from the steps inside; r, decayed to the beginning; what is kept of a state, and added to it."""
+    size, channels, lead = r.shape[-2], r.shape[-1], ops.shape(r)[:-2]
 
     def pairs(x, length):
-        """`(b, h, n, c, k)` -> the left and the right halves `(b, h, n, pairs, length, k)`."""
+        """`(..., c, k)` -> the left and the right halves `(..., pairs, length, k)`."""
         x = ops.reshape(x, (*lead, size // (2 * length), 2, length, channels))
         return x[..., 0, :, :], x[..., 1, :, :]
 
@@ -120,8 +168,7 @@ def wkv6(r, k, v, w, u, state, mask=None, training=False):
         whole = left + right
         length *= 2
     kept, added = ops.exp(_transposed(whole[..., 0, :, :])), _transposed(k * ops.exp(after)) @ v
-    states, state = _states(lambda s, kept, added: kept * s + added, state, kept, added)
-    return _steps(y + (r * ops.exp(before)) @ states, time), state
+    return y, r * ops.exp(before), kept, added
 
 
 def wkv4(k, v, w, u, state, mask=None, training=False):
