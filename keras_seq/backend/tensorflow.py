@@ -271,5 +271,8 @@ def slower_in_chunks(name, x, training):
 
 
 def chunks_in_turn():
-    """Whether the chunks of a recurrence are faster one after another than all at once."""
-    return False
+    """Whether the chunks of a recurrence are faster one after another than all at once: less memory is touched."""
+    return not tf.config.list_physical_devices("GPU")
+
+
+recomputed = tf.recompute_grad

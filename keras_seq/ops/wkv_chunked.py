@@ -126,23 +126,23 @@ def wkv6(r, k, v, w, u, state, mask=None, training=False):
     sums, so none is above 0, however low w is, and none loses digits.
     """
     size, time = _length(r.shape[1]), ops.shape(r)[1]
-    xs = [_chunks(x, size) for x in masked(mask, state, r, k, v, w)]
-    u = ops.cast(u, state.dtype)[:, None]
+    xs = r, k, v, _ = [_chunks(x, size) for x in masked(mask, state, r, k, v, w)]
+    bonus = ops.sum(r * ops.cast(u, r.dtype)[:, None, None] * k, axis=-1, keepdims=True) * v
     if backend.current().chunks_in_turn():
 
         def chunk(state, *xs):
-            y, r, kept, added = _wkv6_within(*xs, u)
+            y, r, kept, added = _wkv6_within(*xs)
             return kept * state + added, y + r @ state
 
         y, state = _in_turn(chunk, state, *xs)
     else:
-        y, r, kept, added = _wkv6_within(*xs, u[:, None])
+        y, r, kept, added = _wkv6_within(*xs)
         states, state = _states(lambda s, kept, added: kept * s + added, state, kept, added)
         y = y + r @ states
-    return _steps(y, time), state
+    return _steps(bonus + y, time), state
 
 
-def _wkv6_within(r, k, v, w, u):
+def _wkv6_within(r, k, v, w):
     """Of chunks: y from the steps inside; r, decayed to the beginning; what is kept of a state, and added to it."""
     size, channels, lead = r.shape[-2], r.shape[-1], ops.shape(r)[:-2]
 
@@ -151,7 +151,7 @@ def _wkv6_within(r, k, v, w, u):
         x = ops.reshape(x, (*lead, size // (2 * length), 2, length, channels))
         return x[..., 0, :, :], x[..., 1, :, :]
 
-    y = ops.sum(r * u * k, axis=-1, keepdims=True) * v
+    y = ops.zeros_like(v)
     # Within each block: the sum of w before a step, after a step, and over the block.
     before, after, whole = ops.zeros_like(w), ops.zeros_like(w), w[..., None, :]
     length = 1
