@@ -77,11 +77,11 @@ def wkv7(r, w, k, v, a, b, state, mask=None, training=False):
     """
     size, time = _length(r.shape[1]), ops.shape(r)[1]
     xs = [_chunks(x, size) for x in masked(mask, state, r, w, k, v, a, b)]
-    y, state = (_wkv7_in_turn if backend.current().chunks_in_turn() else _wkv7_at_once)(*xs, state)
+    y, state = (_wkv7_in_turn if backend.current().chunks_in_turn() else _wkv7_at_once)(state, *xs)
     return _steps(y, time), state
 
 
-def _wkv7_in_turn(r, w, k, v, a, b, state):
+def _wkv7_in_turn(state, r, w, k, v, a, b):
     def chunk(state, r, w, k, v, a, b):
         r, k, a, b, half, system, ak, rb, rk = _wkv7_pairs(r, w, k, a, b)
         carried = state * half
@@ -92,7 +92,7 @@ def _wkv7_in_turn(r, w, k, v, a, b, state):
     return _in_turn(chunk, state, r, w, k, v, a, b)
 
 
-def _wkv7_at_once(r, w, k, v, a, b, state):
+def _wkv7_at_once(state, r, w, k, v, a, b):
     r, k, a, b, half, system, ak, rb, rk = _wkv7_pairs(r, w, k, a, b)
     # What each step removes: of the values in the chunk, and of the state before it.
     one = ops.eye(system.shape[-1], dtype=system.dtype)
@@ -126,7 +126,8 @@ def wkv6(r, k, v, w, u, state, mask=None, training=False):
     sums, so none is above 0, however low w is, and none loses digits.
     """
     size, time = _length(r.shape[1]), ops.shape(r)[1]
-    xs = r, k, v, _ = [_chunks(x, size) for x in masked(mask, state, r, k, v, w)]
+    xs = [_chunks(x, size) for x in masked(mask, state, r, k, v, w)]
+    r, k, v, _ = xs
     bonus = ops.sum(r * ops.cast(u, r.dtype)[:, None, None] * k, axis=-1, keepdims=True) * v
     if backend.current().chunks_in_turn():
 
