@@ -100,7 +100,7 @@ def compared(run):
         if line.get("unit") == "ms"
         and "ratio" in line
         and not line["contender"].endswith(AGAIN)
-        and not line["row"].startswith("growth")
+        and not line["row"].startswith(("growth", "compile"))
         and "keras_seq" not in line["contender"]
     }
 

@@ -45,10 +45,7 @@ def curves(lines, xlabel, ylabel, title="", x=None, log="", marker=None, **style
             raise ValueError(f"{label!r} has {len(values)} values at {len(at)} positions")
         axes.plot(at, values, label=label, marker=marker, **style)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if "x" in log:
-        axes.set_xscale("log")
-    if "y" in log:
-        axes.set_yscale("log")
+    _logarithmic(axes, log)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -80,8 +77,7 @@ def bars(values, xlabel, title="", reference=None, log=False):
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel=xlabel, title=title)
-    if log:
-        axes.set_xscale("log")
+    _logarithmic(axes, "x" if log else "")
     axes.margins(x=0.12, y=0.01)
     if reference is not None:
         axes.axvline(reference, color="black", linewidth=0.8)
@@ -215,6 +211,20 @@ def _maps(arrays, titles, rows, columns):
             axes.set_yticks(range(len(row)), row)
     figure.tight_layout()
     return figure
+
+
+def _logarithmic(axes, log):
+    """Makes these axes logarithmic; where less than two decades are shown, with labels at 1, 2 and 5 of each."""
+    for name in log:
+        getattr(axes, f"set_{name}scale")("log")
+        low, high = getattr(axes, f"get_{name}lim")()
+        if high < 100 * low:
+            from matplotlib.ticker import LogLocator, NullFormatter
+
+            axis = getattr(axes, f"{name}axis")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(NullFormatter())
 
 
 def _array(values):

@@ -37,6 +37,13 @@ def test_curves_at_given_positions():
     assert figure.axes[0].get_xscale() == "log"
 
 
+def test_few_decades_have_readable_labels():
+    axis = plotting.curves({"a": [1.0, 2.0, 30.0]}, "", "", log="y").axes[0].yaxis
+    axis.figure.canvas.draw()
+    assert {"1", "2", "5", "10", "20"} <= {label.get_text() for label in axis.get_ticklabels()}
+    assert not any(label.get_text() for label in axis.get_ticklabels(minor=True))
+
+
 def test_curves_refuse():
     with pytest.raises(ValueError, match="'a' has 2 values at 3 positions"):
         plotting.curves({"a": [1, 2]}, "", "", x=[1, 2, 3])
