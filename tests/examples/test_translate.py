@@ -20,7 +20,7 @@ def test_translate(tmp_path, capsys):
     options = ["--minutes", "0.05", "--units", "32", "--layers", "1", "--vocabulary", "60", "--max-tokens", "12"]
     scores = translate.main([*options, "--out", str(tmp_path)], {"train": pairs[::2], "test": pairs[1:30:2]})
     assert list(scores) == ["Transformer", "Seq2Seq"]
-    assert all(0 <= score <= 100 for score in scores.values())
+    assert all(0 <= round(score, 6) <= 100 for score in scores.values())  # sacrebleu's best is 100.00000000000004
     printed = capsys.readouterr().out
     assert "313 sentences to train on, 15 held out" in printed
     assert (tmp_path / "translate.png").stat().st_size > 5_000
