@@ -5,6 +5,7 @@ them; a ratio is the median of the ratios within a round; the first contender of
 name, and how far that null ratio is from 1 is the noise of the row.
 """
 
+import ctypes
 import datetime
 import gc
 import json
@@ -104,7 +105,8 @@ def _seconds(run, repeats=1):
 def peak_memory(run):
     """MiB by which a call of `run` raises the memory of this process at most (Linux).
 
-    From /proc, because `ru_maxrss` begins with the peak of the parent process and cannot be set back.
+    From /proc, because `ru_maxrss` begins with the peak of the parent process and cannot be set back. What calls before
+    have freed goes back to the system first: otherwise it is used again, and no growth is seen.
     """
 
     def status(key):
@@ -112,6 +114,7 @@ def peak_memory(run):
             return int(re.search(rf"{key}:\s+(\d+) kB", file.read())[1]) / 1024
 
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark starts again from here
     before = status("VmRSS")

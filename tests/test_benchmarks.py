@@ -3,15 +3,17 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("page", ROOT / "benchmarks" / "page.py")
+def load(name="page"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -84,3 +86,18 @@ def test_the_page_is_up_to_date():
         assert text == page.page(text), "run: python benchmarks/page.py"
         for picture in re.findall(r"\]\((assets/benchmarks/.*?)\)", text):
             assert (ROOT / "docs" / picture).exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_does_not_depend_on_what_was_freed_before():
+    timing = load("timing")
+
+    kept = []
+
+    def take():  # 64 MiB, in pieces small enough to stay with this process, below one that is not freed
+        pieces = [np.ones(2**13) for _ in range(1024)]
+        kept.append(np.ones(2**13))
+        return pieces
+
+    sizes = [timing.peak_memory(take) for _ in range(3)]
+    assert all(55 < size < 80 for size in sizes), sizes

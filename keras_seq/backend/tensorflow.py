@@ -17,24 +17,94 @@ from keras_seq.backend.tensorflow_attention import attention as attention
 from keras_seq.backend.xla import product as product
 
 
-def scan(step, state, xs, reverse=False):
-    """`tf.while_loop` over tensor arrays. The static length, which `stack` forgets, is put back."""
+def scan(step, state, xs):
+    """A loop whose gradient is a second loop: back through the states, which are kept, each step computed once more.
+
+    The gradient of `tf.while_loop` keeps every intermediate value, and a step of a longer loop takes it more time.
+    """
+    if tf.executing_eagerly():
+        return _loop(step, state, xs)
+    specs = tree.map_structure(lambda a: tf.TensorSpec(a.shape, a.dtype), (state, _first(xs)))
+    traced = tf.function(step, autograph=False).get_concrete_function(*specs)
+    like = specs[0], traced.structured_outputs[1]
+    if any(op.op_def.is_stateful and op.type != "ReadVariableOp" for op in traced.graph.get_operations()):
+        return _loop(step, state, xs, like[1])  # computed once more, it might draw other numbers
+    inputs = state, xs, _floats(traced.captured_inputs)
+
+    @tf.custom_gradient
+    def run(*leaves):
+        state, xs, _ = _filled(inputs, leaves)
+
+        def keeping(state, x):
+            new, y = step(state, x)
+            return new, (state, y)
+
+        last, (before, ys) = _loop(keeping, state, xs, like)
+
+        def backward(*gradients, variables=()):
+            by_inputs, by_variables = _scan_backward(
+                step, before, xs, inputs[2], variables, *map(_floats, _filled(like, gradients))
+            )
+            by_inputs = [next(by_inputs) if leaf.dtype.is_floating else None for leaf in leaves]
+            return (by_inputs, by_variables) if variables else by_inputs
+
+        return tree.flatten((last, ys)), backward
+
+    return _filled(like, run(*tree.flatten(inputs)))
+
+
+def _scan_backward(step, before, xs, captured, variables, d_last, d_ys):
+    """The gradients of a scan: by the floats of the first state, of xs, and what the step captured; by variables."""
+    captured = [*captured, *variables]
+
+    def back(carry, inputs):
+        (d_state, sums), (state, x, dy) = carry, inputs
+        sources = _floats(state), _floats(x), captured
+        with tf.GradientTape() as tape:
+            tape.watch(sources)
+            outputs = _floats(step(state, x))
+        d_state, dx, d = tape.gradient(outputs, sources, [*d_state, *dy], unconnected_gradients="zero")
+        return (d_state, [total + tf.convert_to_tensor(one) for total, one in zip(sums, d, strict=True)]), dx
+
+    zeros = [tf.zeros_like(tensor) for tensor in captured]
+    (d_state, sums), dxs = _loop(back, (d_last, zeros), (before, xs, d_ys), _floats(_first(xs)), reverse=True)
+    count = len(captured) - len(variables)
+    return iter([*d_state, *dxs, *sums[:count]]), sums[count:]
+
+
+def _first(xs):
+    return tree.map_structure(lambda x: x[0], xs)
+
+
+def _floats(structure):
+    return [leaf for leaf in tree.flatten(structure) if leaf.dtype.is_floating]
+
+
+def _filled(structure, leaves):
+    leaves = iter(leaves)
+    return tree.map_structure(lambda _: next(leaves), structure)
+
+
+def _loop(step, state, xs, y=None, reverse=False):
+    """`tf.while_loop` over tensor arrays; `y` has the structure, shapes and dtypes of what a step gives.
+
+    The static length, which `stack` forgets, is put back.
+    """
     leaves = tree.flatten(xs)
     length = leaves[0].shape[0]
     t = tf.shape(leaves[0])[0] if length is None else length
     arrays = [tf.TensorArray(x.dtype, t, element_shape=x.shape[1:]).unstack(x) for x in leaves]
-    ys = step(state, tree.map_structure(lambda x: x[0], xs))[1]  # for its structure: pruned from a graph
-    outputs = [tf.TensorArray(y.dtype, t, element_shape=y.shape) for y in tree.flatten(ys)]
+    y = step(state, _first(xs))[1] if y is None else y  # only its structure is used: pruned from a graph
+    outputs = [tf.TensorArray(one.dtype, t, element_shape=one.shape) for one in tree.flatten(y)]
 
     def body(i, state, outputs):
         at = t - 1 - i if reverse else i
         new, y = step(state, tree.pack_sequence_as(xs, [a.read(at) for a in arrays]))
         new = tree.map_structure(lambda n, s: tf.ensure_shape(n, s.shape), new, state)
-        return i + 1, new, [a.write(at, y) for a, y in zip(outputs, tree.flatten(y), strict=True)]
+        return i + 1, new, [a.write(at, one) for a, one in zip(outputs, tree.flatten(y), strict=True)]
 
     _, state, outputs = tf.while_loop(lambda i, *_: i < t, body, (0, state, outputs), maximum_iterations=t)
-    stacked = [tf.ensure_shape(a.stack(), (length, *y.shape)) for a, y in zip(outputs, tree.flatten(ys), strict=True)]
-    return state, tree.pack_sequence_as(ys, stacked)
+    return state, _filled(y, [tf.ensure_shape(a.stack(), (length, *a.element_shape)) for a in outputs])
 
 
 COMPILES = True
@@ -149,7 +219,7 @@ def _lstm(x, h, c, kernel, recurrent_kernel, bias, mask):
             new = _where(valid, new_h, h), _where(valid, new_c, c)
             return new, (*new, gates)
 
-        last, (hs, cs, gates) = scan(step, (h, c), _inputs(x, valid))
+        last, (hs, cs, gates) = _loop(step, (h, c), _inputs(x, valid))
         return (hs, *last), functools.partial(_lstm_backward, x, h, c, weights, valid, hs, cs, gates)
 
     y, h, c = run(_time_first(x), h, c, weights, bias)
@@ -190,7 +260,7 @@ def _lstm_backward(x, h, c, weights, valid, hs, cs, gates, dhs, dh, dc):
         dh_before = tf.matmul(dz, recurrent, transpose_b=True)
         return (_where(valid, dh_before, dh), dc * f), dz
 
-    (dh, dc), dz = scan(step, (dh, dc), _inputs((dhs, c_by_h, local, f), valid), reverse=True)
+    (dh, dc), dz = _loop(step, (dh, dc), _inputs((dhs, c_by_h, local, f), valid), reverse=True)
     d_weights = tf.matmul(_rows(tf.concat([x, _before(h, hs)], -1)), _rows(dz), transpose_a=True)
     return _project(dz, tf.transpose(weights[:features])), dh, dc, d_weights, tf.reduce_sum(dz, (0, 1))
 
@@ -216,7 +286,7 @@ def _gru(x, h, kernel, recurrent_kernel, bias, mask):
             new = _where(valid, new, h)
             return new, (new, gates)
 
-        last, (hs, gates) = scan(step, h, _inputs(x, valid))
+        last, (hs, gates) = _loop(step, h, _inputs(x, valid))
         return (hs, last), functools.partial(_gru_backward, x, h, kernel, recurrent_kernel, valid, hs, gates)
 
     y, h = run(_time_first(x), h, kernel, recurrent_kernel, bias)
@@ -254,7 +324,7 @@ def _gru_backward(x, h, kernel, recurrent_kernel, valid, hs, gates, dhs, dh):
         da = tf.concat([dh, dh, dh], 1) * local
         return dh * z + tf.matmul(da, recurrent_kernel, transpose_b=True), (da, dh)
 
-    dh, (da, dh_all) = scan(step, dh, (dhs, local, z), reverse=True)
+    dh, (da, dh_all) = _loop(step, dh, (dhs, local, z), reverse=True)
     dx = tf.concat([da[..., : 2 * h.shape[1]], dh_all * through_n], -1)
     d_kernel = tf.matmul(_rows(x), _rows(dx), transpose_a=True)
     d_recurrent = tf.matmul(_rows(before), _rows(da), transpose_a=True)
@@ -270,9 +340,16 @@ def slower_in_chunks(name, x, training):
     return "few steps" if x.shape[1] is not None and x.shape[1] < 8 else None
 
 
+def solve_lower(system, y):
+    """x of `system x = y`, for lower triangles `(..., n, n)` with ones on the diagonal."""
+    return tf.linalg.triangular_solve(system, y)
+
+
 def chunks_in_turn():
     """Whether the chunks of a recurrence are faster one after another than all at once: less memory is touched."""
     return not tf.config.list_physical_devices("GPU")
 
 
-recomputed = tf.recompute_grad
+def recomputed(step):
+    """`scan` computes every step once more."""
+    return step

@@ -263,6 +263,11 @@ def slower_in_chunks(name, x, training):
     return "few steps" if x.shape[1] < 8 else None
 
 
+def solve_lower(system, y):
+    """x of `system x = y`, for lower triangles `(..., n, n)` with ones on the diagonal."""
+    return torch.linalg.solve_triangular(system, y, upper=False)
+
+
 def chunks_in_turn():
     """Whether the chunks of a recurrence are faster one after another than all at once."""
     return False

@@ -85,7 +85,7 @@ def _wkv7_in_turn(state, r, w, k, v, a, b):
     def chunk(state, r, w, k, v, a, b):
         r, k, a, b, half, system, ak, rb, rk = _wkv7_pairs(r, w, k, a, b)
         carried = state * half
-        removed = ops.solve_triangular(system, ak @ v + a @ _transposed(carried), lower=True)
+        removed = backend.current().solve_lower(system, ak @ v + a @ _transposed(carried))
         y = rb @ removed + rk @ v + r @ _transposed(carried)
         return (carried + _transposed(removed) @ b + _transposed(v) @ k) * half, y
 
@@ -95,9 +95,8 @@ def _wkv7_in_turn(state, r, w, k, v, a, b):
 def _wkv7_at_once(state, r, w, k, v, a, b):
     r, k, a, b, half, system, ak, rb, rk = _wkv7_pairs(r, w, k, a, b)
     # What each step removes: of the values in the chunk, and of the state before it.
-    one = ops.eye(system.shape[-1], dtype=system.dtype)
-    inverse = ops.solve_triangular(system, ops.broadcast_to(one, ops.shape(system)), lower=True)
-    of_values, of_state = inverse @ (ak @ v), inverse @ (a * half)
+    removed = backend.current().solve_lower(system, ops.concatenate([ak @ v, a * half], axis=-1))
+    of_values, of_state = removed[..., : v.shape[-1]], removed[..., v.shape[-1] :]
     b, k = b * half, k * half
     added = _transposed(of_values) @ b + _transposed(v) @ k
     kept = _transposed(of_state) @ b + ops.eye(b.shape[-1], dtype=b.dtype) * ops.square(half)
