@@ -117,7 +117,7 @@ print(f"bits per character of held-out text: {bits:.2f}; guessing: {math.log2(le
 """
 ## One model, two ways to run it
 
-As a Transformer: all tokens at once. The recurrence is cut into chunks of 64 steps; within a chunk it is products of
+As a Transformer: all tokens at once. The recurrence is cut into chunks of 32 steps; within a chunk it is products of
 matrices, and only the chunks come one after another. `kernels("native")` asks for that form, and its list tells what
 ran. As a recurrent network: a token and a state in, logits and the next state out. In between: pieces of any length.
 """

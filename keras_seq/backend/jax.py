@@ -321,45 +321,36 @@ def slower_in_chunks(name, x, training):
     return None
 
 
-@jax.custom_vjp
-def solve_lower(system, y):
-    """x of `system x = y`, for lower triangles `(..., n, n)` with ones on the diagonal, n a power of 2.
+def with_gradient(forward, backward):
+    """The function `forward(*inputs) -> (outputs, residuals)` with `backward(residuals, d outputs) -> d inputs`."""
+    function = jax.custom_vjp(lambda *inputs: forward(*inputs)[0])
+    function.defvjp(forward, backward)
+    return function
 
-    By products. `jax.lax.linalg.triangular_solve` is slower for small triangles on a CPU, and may never return there:
-    LAPACK's kernel waits, in a thread of XLA's pool, for parts of its work that it has handed to the same pool.
+
+def inverse_lower(system):
+    """Of lower triangles `(..., n, n)` with ones on the diagonal, n a power of 2.
+
+    By halves: the two on the diagonal have their own inverses; what is below them is `-B^-1 C A^-1`. The triangular
+    solve of LAPACK is slower on a CPU, and two of them at a time may never return: they wait in the threads of XLA's
+    pool for parts of their work that they have handed to the same pool.
     """
-    return _inverse_lower(system) @ y
-
-
-def _solve_lower_forward(system, y):
-    inverse = _inverse_lower(system)
-    x = inverse @ y
-    return x, (inverse, x)
-
-
-def _solve_lower_backward(residuals, dx):
-    inverse, x = residuals
-    dy = jnp.swapaxes(inverse, -1, -2) @ dx
-    return -jnp.tril(dy @ jnp.swapaxes(x, -1, -2), -1), dy
-
-
-solve_lower.defvjp(_solve_lower_forward, _solve_lower_backward)
-
-
-def _inverse_lower(system):
-    """By halves: the two on the diagonal have their own inverses; the half below them is `-B^-1 C A^-1`."""
     half = system.shape[-1] // 2
     if not half:
         return system
-    inverse = _inverse_lower(jnp.stack([system[..., :half, :half], system[..., half:, half:]]))
-    below = -inverse[1] @ system[..., half:, :half] @ inverse[0]
+    inverse = inverse_lower(jnp.stack([system[..., :half, :half], system[..., half:, half:]]))
+    exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    below = -exact(exact(inverse[1], system[..., half:, :half]), inverse[0])
     above = jnp.concatenate([inverse[0], jnp.zeros_like(below)], axis=-1)
     return jnp.concatenate([above, jnp.concatenate([below, inverse[1]], axis=-1)], axis=-2)
 
 
-def chunks_in_turn():
-    """Whether the chunks of a recurrence are faster one after another than all at once: less memory is touched."""
-    return jax.default_backend() == "cpu"
+def chunks_at_once(x):
+    """How many of the chunks x `(b, h, n, c, k)` to compute at once; None: all.
+
+    On a CPU few: what is computed next is then still in the cache.
+    """
+    return 1 if jax.default_backend() == "cpu" else None
 
 
 recomputed = jax.checkpoint

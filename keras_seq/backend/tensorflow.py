@@ -340,14 +340,29 @@ def slower_in_chunks(name, x, training):
     return "few steps" if x.shape[1] is not None and x.shape[1] < 8 else None
 
 
-def solve_lower(system, y):
-    """x of `system x = y`, for lower triangles `(..., n, n)` with ones on the diagonal."""
-    return tf.linalg.triangular_solve(system, y)
+def with_gradient(forward, backward):
+    """The function `forward(*inputs) -> (outputs, residuals)` with `backward(residuals, d outputs) -> d inputs`."""
+
+    @tf.custom_gradient
+    def function(*inputs):
+        outputs, residuals = forward(*inputs)
+        return outputs, lambda *gradients: backward(residuals, gradients)
+
+    return function
 
 
-def chunks_in_turn():
-    """Whether the chunks of a recurrence are faster one after another than all at once: less memory is touched."""
-    return not tf.config.list_physical_devices("GPU")
+def inverse_lower(system):
+    """Of lower triangles `(..., n, n)` with ones on the diagonal."""
+    one = tf.eye(system.shape[-1], batch_shape=tf.shape(system)[:-2], dtype=system.dtype)
+    return tf.linalg.triangular_solve(system, one)
+
+
+def chunks_at_once(x):
+    """How many of the chunks x `(b, h, n, c, k)` to compute at once; None: all.
+
+    On a CPU few: what is computed next is then still in the cache.
+    """
+    return None if tf.config.list_physical_devices("GPU") else 1
 
 
 def recomputed(step):

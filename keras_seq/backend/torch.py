@@ -5,6 +5,8 @@ A mask stays on the fast path. `torch`'s kernels know none, so the valid steps o
 more input feature, 1 on padded steps, drives the gates so far that they freeze it: sigmoid(+-1e4) is 1 or 0.
 """
 
+import functools
+
 import torch
 from keras import tree
 
@@ -263,11 +265,39 @@ def slower_in_chunks(name, x, training):
     return "few steps" if x.shape[1] < 8 else None
 
 
-def solve_lower(system, y):
-    """x of `system x = y`, for lower triangles `(..., n, n)` with ones on the diagonal."""
-    return torch.linalg.solve_triangular(system, y, upper=False)
+@functools.cache
+def with_gradient(forward, backward):
+    """The function `forward(*inputs) -> (outputs, residuals)` with `backward(residuals, d outputs) -> d inputs`."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            outputs, residuals = forward(*inputs)
+            ctx.save_for_backward(*residuals)
+            return outputs
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, *gradients):
+            return tuple(backward(ctx.saved_tensors, gradients))
+
+    return Function.apply
 
 
-def chunks_in_turn():
-    """Whether the chunks of a recurrence are faster one after another than all at once."""
-    return False
+def inverse_lower(system):
+    """Of lower triangles `(..., n, n)` with ones on the diagonal."""
+    one = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    return torch.linalg.solve_triangular(system, one.expand_as(system), upper=False, unitriangular=True)
+
+
+def chunks_at_once(x):
+    """How many of the chunks x `(b, h, n, c, k)` to compute at once; None: all.
+
+    On a CPU few: what is computed next is then still in the cache.
+    """
+    return max(2, 64 // (x.shape[0] * x.shape[1])) if x.device.type == "cpu" else None
+
+
+def recomputed(function):
+    """Not needed: several chunks at once are not computed a second time."""
+    return function

@@ -7,6 +7,7 @@ Axes: b batch, h heads, n chunks, c steps of a chunk, k and v channels of keys a
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
@@ -15,12 +16,12 @@ from keras_seq import backend
 from keras_seq.ops.scan import scan
 from keras_seq.ops.wkv_recurrent import LEAST, WKV4State, larger, masked, wkv4_inputs, wkv4_next, wkv4_output
 
-CHUNK = 64
+CHUNK = {"wkv7": 32, "wkv6": 64}
 
 
-def _length(time):
+def _length(name, time):
     """Steps of a chunk: a power of 2, no longer than needed where the time is known."""
-    return CHUNK if time is None else min(CHUNK, 2 ** math.ceil(math.log2(time)))
+    return CHUNK[name] if time is None else min(CHUNK[name], 2 ** math.ceil(math.log2(time)))
 
 
 def _chunks(x, size):
@@ -48,15 +49,23 @@ def _transposed(x):
     return ops.swapaxes(x, -1, -2)
 
 
-def _in_turn(chunk, state, *xs):
-    """`state, y = chunk(state, *xs)` for one chunk `(b, h, c, ...)` after another, of `xs` `(b, h, n, c, ...)`.
+def _over_chunks(one, several, state, *xs):
+    """`state, y = one(state, *xs)` for a chunk `(b, h, c, ...)` after another, or `several` on `(b, h, n, c, ...)`.
 
-    What is inside a chunk is computed a second time in the backward pass: on a CPU that is faster than to store it for
-    all chunks and to fetch it from memory.
+    How many at once is for the backend to say. `one` is computed a second time in the backward pass.
     """
-    first = [ops.transpose(x, (2, 0, 1, 3, 4)) for x in xs]
-    state, y = scan(backend.current().recomputed(lambda s, x: chunk(s, *x)), state, tuple(first))
-    return ops.transpose(y, (1, 2, 0, 3, 4)), state
+    count, together = xs[0].shape[2], backend.current().chunks_at_once(xs[0])
+    if together == 1:
+        first = [ops.transpose(x, (2, 0, 1, 3, 4)) for x in xs]
+        state, y = scan(lambda s, x: one(s, *x), state, tuple(first))
+        return state, ops.transpose(y, (1, 2, 0, 3, 4))
+    if together is None or together >= count:
+        return several(state, *xs)
+    ys = []
+    for some in zip(*(ops.split(x, list(range(together, count, together)), axis=2) for x in xs), strict=True):
+        state, y = several(state, *some)
+        ys.append(y)
+    return state, ops.concatenate(ys, axis=2)
 
 
 def _states(step, state, *xs):
@@ -72,49 +81,132 @@ def wkv7(r, w, k, v, a, b, state, mask=None, training=False):
     With `c_t` the sum of w up to step t, what step s adds is decayed to `exp(c_t - c_s)` at step t. It is split into
     `exp(c_t - m) exp(m - c_s)`, m the middle of the sums of the chunk, so that a product gives all pairs of steps. As
     `w > -exp(-0.5)`, no factor is above `exp(0.31 c)`. What a step removes depends on what the steps before it in the
-    chunk removed: a triangular system. Either the chunks come in turn, or each becomes an affine map of the state,
-    `S -> S M + P`, and only these maps come in turn.
+    chunk removed: a triangular system. Of several chunks at once each becomes an affine map of the state,
+    `S -> S M + P`, and only these maps come in turn. The gradient is written by hand.
     """
-    size, time = _length(r.shape[1]), ops.shape(r)[1]
+    size, time = _length("wkv7", r.shape[1]), ops.shape(r)[1]
     xs = [_chunks(x, size) for x in masked(mask, state, r, w, k, v, a, b)]
-    y, state = (_wkv7_in_turn if backend.current().chunks_in_turn() else _wkv7_at_once)(state, *xs)
+    with_gradient = backend.current().with_gradient
+    one = with_gradient(_wkv7_chunk, _wkv7_chunk_backward)
+    several = with_gradient(_wkv7_chunks, _wkv7_chunks_backward)
+    state, y = _over_chunks(one, several, state, *xs)
     return _steps(y, time), state
 
 
-def _wkv7_in_turn(state, r, w, k, v, a, b):
-    def chunk(state, r, w, k, v, a, b):
-        r, k, a, b, half, system, ak, rb, rk = _wkv7_pairs(r, w, k, a, b)
-        carried = state * half
-        removed = backend.current().solve_lower(system, ak @ v + a @ _transposed(carried))
-        y = rb @ removed + rk @ v + r @ _transposed(carried)
-        return (carried + _transposed(removed) @ b + _transposed(v) @ k) * half, y
+class _Met(NamedTuple):
+    """How the steps of a chunk meet. a and r read, b and k write: one below the other, `(..., 2 c, k)`.
 
-    return _in_turn(chunk, state, r, w, k, v, a, b)
+    All are decayed to, or from, the middle of the chunk; the state is where it carries `half` of the decay.
+    """
 
-
-def _wkv7_at_once(state, r, w, k, v, a, b):
-    r, k, a, b, half, system, ak, rb, rk = _wkv7_pairs(r, w, k, a, b)
-    # What each step removes: of the values in the chunk, and of the state before it.
-    removed = backend.current().solve_lower(system, ops.concatenate([ak @ v, a * half], axis=-1))
-    of_values, of_state = removed[..., : v.shape[-1]], removed[..., v.shape[-1] :]
-    b, k = b * half, k * half
-    added = _transposed(of_values) @ b + _transposed(v) @ k
-    kept = _transposed(of_state) @ b + ops.eye(b.shape[-1], dtype=b.dtype) * ops.square(half)
-    before, state = _states(lambda s, kept, added: s @ kept + added, state, kept, added)
-    return rb @ of_values + rk @ v + (rb @ of_state + r * half) @ _transposed(before), state
+    reads: object
+    writes: object
+    pairs: object  # what each read finds of each write before it, (..., 2 c, 2 c)
+    inverse: object  # of the system whose solution is what each step removes, (..., c, c)
+    half: object  # (..., 1, k)
+    of_reads: object  # by what a and r, and b and k, were decayed, (..., 2 c, k)
+    of_writes: object
 
 
-def _wkv7_pairs(r, w, k, a, b):
-    """r, k, a, b, decayed to or from the middle of their chunk; the decay of half a chunk; how its steps meet."""
+def _wkv7_met(r, w, k, a, b):
     size, dtype = r.shape[-2], r.dtype
     total = _triangle(size, 0, dtype) @ w
     middle = 0.5 * total[..., -1:, :]
-    upto, grown, before = ops.exp(total - middle), ops.exp(middle - total), ops.exp(total - w - middle)
-    a, r, b, k = a * before, r * upto, b * grown, k * grown
-    past, present = _triangle(size, -1, dtype), _triangle(size, 0, dtype)
-    system = ops.eye(size, dtype=dtype) - (a @ _transposed(b)) * past
-    ak, rb, rk = (a @ _transposed(k)) * past, (r @ _transposed(b)) * present, (r @ _transposed(k)) * present
-    return r, k, a, b, ops.exp(middle), system, ak, rb, rk
+    grown = ops.exp(middle - total)
+    of_reads = ops.exp(ops.concatenate([total - w, total], axis=-2) - middle)
+    of_writes = ops.concatenate([grown, grown], axis=-2)
+    reads, writes = ops.concatenate([a, r], axis=-2) * of_reads, ops.concatenate([b, k], axis=-2) * of_writes
+    pairs = (reads @ _transposed(writes)) * _past(size, dtype)
+    inverse = backend.current().inverse_lower(ops.eye(size, dtype=dtype) - pairs[..., :size, :size])
+    return _Met(reads, writes, pairs, inverse, ops.exp(middle), of_reads, of_writes)
+
+
+def _past(size, dtype):
+    """Which steps a and r of a chunk read: a those before its own, r its own too; `(2 c, 2 c)`."""
+    before, upto = np.tril(np.ones((size, size)), -1), np.tril(np.ones((size, size)))
+    return ops.convert_to_tensor(np.block([[before, before], [upto, upto]]), dtype=dtype)
+
+
+def _wkv7_outputs(carried, v, met):
+    """y, and what b and k write: what is removed, and v, `(..., 2 c, v)`; `carried` is the state in the middle."""
+    size = v.shape[-2]
+    found = met.reads @ _transposed(carried)
+    removed = met.inverse @ (met.pairs[..., :size, size:] @ v + found[..., :size, :])
+    written = ops.concatenate([removed, v], axis=-2)
+    return met.pairs[..., size:, :] @ written + found[..., size:, :], written
+
+
+def _wkv7_chunk(state, r, w, k, v, a, b):
+    """One chunk, `state, y`, and what its gradient needs: all the rest is computed a second time."""
+    met = _wkv7_met(r, w, k, a, b)
+    carried = state * met.half
+    y, written = _wkv7_outputs(carried, v, met)
+    return ((carried + _transposed(written) @ met.writes) * met.half, y), (state, r, w, k, v, a, b)
+
+
+def _wkv7_chunk_backward(inputs, gradients):
+    state, r, w, k, v, a, b = inputs
+    met = _wkv7_met(r, w, k, a, b)
+    carried = state * met.half
+    written = _wkv7_outputs(carried, v, met)[1]
+    return _wkv7_gradients(*gradients, carried, v, written, met)
+
+
+def _wkv7_chunks(state, r, w, k, v, a, b):
+    """All chunks at once, `state, y`, and what their gradient needs."""
+    size = r.shape[-2]
+    met = _wkv7_met(r, w, k, a, b)
+    of_values = met.inverse @ (met.pairs[..., :size, size:] @ v)
+    of_state = met.inverse @ met.reads[..., :size, :]
+    one = ops.eye(w.shape[-1], dtype=w.dtype)
+    kept = (one + _transposed(of_state) @ met.writes[..., :size, :]) * met.half * _transposed(met.half)
+    added = (_transposed(ops.concatenate([of_values, v], axis=-2)) @ met.writes) * met.half
+    before, state = _states(lambda s, kept, added: s @ kept + added, state, kept, added)
+    carried = before * met.half
+    y, written = _wkv7_outputs(carried, v, met)
+    return (state, y), (carried, v, written, of_state, kept, *met)
+
+
+def _wkv7_chunks_backward(residuals, gradients):
+    carried, v, written, of_state, kept, *met = residuals
+    (d_state, dy), met, size = gradients, _Met(*met), v.shape[-2]
+    dy_removed = _transposed(met.pairs[..., size:, :size]) @ dy
+    added = (_transposed(dy_removed) @ of_state + _transposed(dy) @ met.reads[..., size:, :]) * met.half
+    backwards = [ops.flip(x, axis=2) for x in (_transposed(kept), added)]
+    d_after, d_state = _states(lambda d, kept, added: d @ kept + added, d_state, *backwards)
+    return d_state, *_wkv7_gradients(ops.flip(d_after, axis=2), dy, carried, v, written, met)[1:]
+
+
+def _wkv7_gradients(d_state, dy, carried, v, written, met):
+    """By the state before a chunk, r, w, k, v, a, b; from those by the state after it and by y."""
+    size, dtype = v.shape[-2], v.dtype
+    d_after = d_state * met.half
+    d_written = _transposed(met.pairs[..., size:, :]) @ dy + met.writes @ _transposed(d_after)
+    d_system = _transposed(met.inverse) @ d_written[..., :size, :]
+    d_found = ops.concatenate([d_system, dy], axis=-2)
+    dv = d_written[..., size:, :] + _transposed(met.pairs[..., :size, size:]) @ d_system
+    d_pairs = (d_found @ _transposed(written)) * _past(size, dtype)
+    d_reads = d_found @ carried + d_pairs @ met.writes
+    stored = written @ d_after
+    d_writes = stored + _transposed(d_pairs) @ met.reads
+    d_carried = d_after + _transposed(d_found) @ met.reads
+    # By the exponents: of reads c_t - m (and -w), of writes m - c_t, of the state m before and after the chunk.
+    by_read, by_write = d_reads * met.reads, d_writes * met.writes
+    by_a = by_read[..., :size, :]
+    by_total = by_a + by_read[..., size:, :] - by_write[..., :size, :] - by_write[..., size:, :]
+    by_middle = _sum_of_steps((d_after + d_carried) * carried) + _sum_of_steps(stored * met.writes - by_read + by_write)
+    dw = _transposed(_triangle(size, 0, dtype)) @ by_total - by_a + 0.5 * by_middle
+    da, dr = _halves(d_reads * met.of_reads, size)
+    db, dk = _halves(d_writes * met.of_writes, size)
+    return d_carried * met.half, dr, dw, dk, dv, da, db
+
+
+def _sum_of_steps(x):
+    return ops.sum(x, axis=-2, keepdims=True)
+
+
+def _halves(x, size):
+    return x[..., :size, :], x[..., size:, :]
 
 
 def wkv6(r, k, v, w, u, state, mask=None, training=False):
@@ -124,22 +216,23 @@ def wkv6(r, k, v, w, u, state, mask=None, training=False):
     step s to step t is split where the halves meet. The logarithms of both factors are sums of w, never differences of
     sums, so none is above 0, however low w is, and none loses digits.
     """
-    size, time = _length(r.shape[1]), ops.shape(r)[1]
+    size, time = _length("wkv6", r.shape[1]), ops.shape(r)[1]
     xs = [_chunks(x, size) for x in masked(mask, state, r, k, v, w)]
     r, k, v, _ = xs
     bonus = ops.sum(r * ops.cast(u, r.dtype)[:, None, None] * k, axis=-1, keepdims=True) * v
-    if backend.current().chunks_in_turn():
-
-        def chunk(state, *xs):
-            y, r, kept, added = _wkv6_within(*xs)
-            return kept * state + added, y + r @ state
-
-        y, state = _in_turn(chunk, state, *xs)
-    else:
-        y, r, kept, added = _wkv6_within(*xs)
-        states, state = _states(lambda s, kept, added: kept * s + added, state, kept, added)
-        y = y + r @ states
+    state, y = _over_chunks(backend.current().recomputed(_wkv6_chunk), _wkv6_chunks, state, *xs)
     return _steps(bonus + y, time), state
+
+
+def _wkv6_chunk(state, *xs):
+    y, r, kept, added = _wkv6_within(*xs)
+    return kept * state + added, y + r @ state
+
+
+def _wkv6_chunks(state, *xs):
+    y, r, kept, added = _wkv6_within(*xs)
+    states, state = _states(lambda s, kept, added: kept * s + added, state, kept, added)
+    return state, y + r @ states
 
 
 def _wkv6_within(r, k, v, w):

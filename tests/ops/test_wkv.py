@@ -182,6 +182,19 @@ def test_chunks_equal_steps(kind, case, masked):
         close(got[name], expected[name], 1e-12 if precise else 5e-6, name)
 
 
+@pytest.mark.parametrize("count", [1, 2, None])
+@pytest.mark.parametrize("kind", ["wkv6", "wkv7"])
+def test_any_number_of_chunks_at_once(monkeypatch, kind, count):
+    """A backend takes all chunks at once on one device, and few on another."""
+    monkeypatch.setattr(backend.current(), "chunks_at_once", lambda x: count)
+    precise = FLOAT64[keras.config.backend()]
+    x, state = as_dtype(arguments(kind, 150), "float64" if precise else "float32")
+    expected = gradients_of(kind, "reference")(x, state)
+    got = gradients_of.__wrapped__(kind, "native")(x, state)
+    for name in expected:
+        close(got[name], expected[name], 1e-12 if precise else 5e-6, name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_equal_steps_in_float32(kind):
     x, state = arguments(kind, 150)
