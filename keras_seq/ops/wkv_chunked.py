@@ -7,7 +7,7 @@ Axes: b batch, h heads, n chunks, c steps of a chunk, k and v channels of keys a
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -99,13 +99,13 @@ class _Met(NamedTuple):
     All are decayed to, or from, the middle of the chunk; the state is where it carries `half` of the decay.
     """
 
-    reads: object
-    writes: object
-    pairs: object  # what each read finds of each write before it, (..., 2 c, 2 c)
-    inverse: object  # of the system whose solution is what each step removes, (..., c, c)
-    half: object  # (..., 1, k)
-    of_reads: object  # by what a and r, and b and k, were decayed, (..., 2 c, k)
-    of_writes: object
+    reads: Any
+    writes: Any
+    pairs: Any  # what each read finds of each write before it, (..., 2 c, 2 c)
+    inverse: Any  # of the system whose solution is what each step removes, (..., c, c)
+    half: Any  # (..., 1, k)
+    of_reads: Any  # by what a and r, and b and k, were decayed, (..., 2 c, k)
+    of_writes: Any
 
 
 def _wkv7_met(r, w, k, a, b):
@@ -145,11 +145,11 @@ def _wkv7_chunk(state, r, w, k, v, a, b):
 
 
 def _wkv7_chunk_backward(inputs, gradients):
-    state, r, w, k, v, a, b = inputs
+    (state, r, w, k, v, a, b), (d_state, dy) = inputs, gradients
     met = _wkv7_met(r, w, k, a, b)
     carried = state * met.half
     written = _wkv7_outputs(carried, v, met)[1]
-    return _wkv7_gradients(*gradients, carried, v, written, met)
+    return _wkv7_gradients(d_state, dy, carried, v, written, met)
 
 
 def _wkv7_chunks(state, r, w, k, v, a, b):

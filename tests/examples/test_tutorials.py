@@ -10,13 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("matplotlib", reason="tutorials draw with matplotlib")
 
-# The backend of the processes that a tutorial starts: the quickest to start, if it is there.
-OTHER = "jax" if importlib.util.find_spec("jax") else keras.config.backend()
+# The backends of the processes that a tutorial starts: the one that is tested, and once two, which it compares.
+STARTED = [keras.config.backend()]
+if STARTED == ["torch"] and importlib.util.find_spec("jax"):
+    STARTED.append("jax")
 
 # Constants of each tutorial, in place of its own: a run of a few seconds.
 SMALL = {
     "first_sequence_model": {"SEQUENCES": 400, "EPOCHS": 1},
-    "three_backends": {"BACKENDS": (OTHER,), "EPOCHS": 2},
+    "three_backends": {"BACKENDS": tuple(STARTED), "EPOCHS": 2},
     "rnn_lstm_gru": {"LENGTH": 10, "UNITS": 8, "SEQUENCES": 200, "EPOCHS": 1},
     "streaming": {"CHARACTERS": 12_000, "EPOCHS": 1, "PROMPT": 60, "NEW": 5, "CHUNKS": (1, 16), "READ": 32},
     "seq2seq_attention": {"WORDS": 256, "EPOCHS": 1, "TESTED": 4},
