@@ -262,12 +262,13 @@ def temporary(version, length, contender, quick):
     if contender.memory:
         return contender.memory()
     if BACKEND != "tensorflow":
+        contender.run()
         return timing.peak_memory(contender.run)
     # TensorFlow gives nothing back that it has freed; its allocator that counts is chosen when the process begins.
     code = f"import rwkv; print(rwkv.allocated(rwkv.of_length({version}, {length}, {quick}).run))"
     command, environment = [sys.executable, "-c", code], os.environ | {"TF_CPU_ALLOCATOR_USE_BFC": "1"}
     folder = pathlib.Path(__file__).parent
-    ran = subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True, text=True)
+    ran = subprocess.run(command, env=environment, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
     return float(ran.stdout)
 
 
@@ -287,13 +288,13 @@ def growth(quick, **options):
     lengths = [32, 64] if quick else [1024, 2048, 4096, 8192, 16384]
     for version in (7, 6):
         made = {n: of_length(version, n, quick) for n in lengths}
+        memory = {n: temporary(version, n, made[n], quick) for n in lengths}
         for half, whole in itertools.pairwise(lengths):
             pair = {f"time {half}": made[half].run, f"time {whole}": made[whole].run}
             samples, notes = timing.measure(pair, **options)
             title = f"growth core {version}"
             yield timing.lines(f"{title} {whole}", samples, {f"time {whole}": "<= 2.15"}, notes=notes)
-            memory = [[temporary(version, n, made[n], quick)] for n in (half, whole)]
-            samples = dict(zip(pair, memory, strict=True))
+            samples = {name: [memory[n]] for name, n in zip(pair, (half, whole), strict=True)}
             yield timing.lines(f"{title} {whole}, memory", samples, {f"time {whole}": "<= 2.15"}, unit="MiB")
 
 

@@ -103,7 +103,7 @@ def _seconds(run, repeats=1):
 
 
 def peak_memory(run):
-    """MiB by which a call of `run` raises the memory of this process at most (Linux).
+    """MiB by which a call of `run` raises the memory of this process at most (Linux with glibc).
 
     From /proc, because `ru_maxrss` begins with the peak of the parent process and cannot be set back. What calls before
     have freed goes back to the system first: otherwise it is used again, and no growth is seen.

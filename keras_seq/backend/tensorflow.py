@@ -20,16 +20,20 @@ from keras_seq.backend.xla import product as product
 def scan(step, state, xs):
     """A loop whose gradient is a second loop: back through the states, which are kept, each step computed once more.
 
-    The gradient of `tf.while_loop` keeps every intermediate value, and a step of a longer loop takes it more time.
+    The gradient of `tf.while_loop` keeps every intermediate value, and a step of a longer loop takes it more time. It
+    is what remains for steps that draw numbers, which would be others the second time, and, inside of another loop or
+    of a condition, for steps that read variables, of which `tf.custom_gradient` knows nothing there.
     """
     if tf.executing_eagerly():
         return _loop(step, state, xs)
+    state = tree.map_structure(tf.convert_to_tensor, state)
     specs = tree.map_structure(lambda a: tf.TensorSpec(a.shape, a.dtype), (state, _first(xs)))
     traced = tf.function(step, autograph=False).get_concrete_function(*specs)
     like = specs[0], traced.structured_outputs[1]
-    if any(op.op_def.is_stateful and op.type != "ReadVariableOp" for op in traced.graph.get_operations()):
-        return _loop(step, state, xs, like[1])  # computed once more, it might draw other numbers
-    inputs = state, xs, _floats(traced.captured_inputs)
+    draws = any(op.op_def.is_stateful and op.type != "ReadVariableOp" for op in traced.graph.get_operations())
+    if draws or (traced.graph.variables and _in_control_flow()):
+        return _loop(step, state, xs, like[1])
+    inputs = state, xs, _continuous(traced.captured_inputs)
 
     @tf.custom_gradient
     def run(*leaves):
@@ -42,10 +46,10 @@ def scan(step, state, xs):
         last, (before, ys) = _loop(keeping, state, xs, like)
 
         def backward(*gradients, variables=()):
-            by_inputs, by_variables = _scan_backward(
-                step, before, xs, inputs[2], variables, *map(_floats, _filled(like, gradients))
-            )
-            by_inputs = [next(by_inputs) if leaf.dtype.is_floating else None for leaf in leaves]
+            pairs = zip(gradients, tree.flatten(like), strict=True)
+            given = [gradient for gradient, one in pairs if _is_continuous(one)]  # None for the others
+            by_inputs, by_variables = _scan_backward(step, before, xs, inputs[2], variables, given)
+            by_inputs = [next(by_inputs) if _is_continuous(leaf) else None for leaf in leaves]
             return (by_inputs, by_variables) if variables else by_inputs
 
         return tree.flatten((last, ys)), backward
@@ -53,31 +57,48 @@ def scan(step, state, xs):
     return _filled(like, run(*tree.flatten(inputs)))
 
 
-def _scan_backward(step, before, xs, captured, variables, d_last, d_ys):
-    """The gradients of a scan: by the floats of the first state, of xs, and what the step captured; by variables."""
-    captured = [*captured, *variables]
+def _scan_backward(step, before, xs, captured, variables, gradients):
+    """The gradients of a scan, by the first state, xs, and what the step captured; and by variables.
+
+    Of all that is not integers or bools; `gradients` are those by the last state and by the outputs.
+    """
+    captured, count = [*captured, *variables], len(_continuous(before))
 
     def back(carry, inputs):
         (d_state, sums), (state, x, dy) = carry, inputs
-        sources = _floats(state), _floats(x), captured
+        sources = _continuous(state), _continuous(x), captured
         with tf.GradientTape() as tape:
             tape.watch(sources)
-            outputs = _floats(step(state, x))
+            outputs = _continuous(step(state, x))
         d_state, dx, d = tape.gradient(outputs, sources, [*d_state, *dy], unconnected_gradients="zero")
         return (d_state, [total + tf.convert_to_tensor(one) for total, one in zip(sums, d, strict=True)]), dx
 
-    zeros = [tf.zeros_like(tensor) for tensor in captured]
-    (d_state, sums), dxs = _loop(back, (d_last, zeros), (before, xs, d_ys), _floats(_first(xs)), reverse=True)
+    carry = gradients[:count], [tf.zeros_like(tensor) for tensor in captured]
+    inputs = before, xs, gradients[count:]
+    (d_state, sums), dxs = _loop(back, carry, inputs, _continuous(_first(xs)), reverse=True)
     count = len(captured) - len(variables)
     return iter([*d_state, *dxs, *sums[:count]]), sums[count:]
+
+
+def _in_control_flow():
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        if type(graph).__name__ in ("CondBranchFuncGraph", "WhileBodyFuncGraph"):
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
 
 
 def _first(xs):
     return tree.map_structure(lambda x: x[0], xs)
 
 
-def _floats(structure):
-    return [leaf for leaf in tree.flatten(structure) if leaf.dtype.is_floating]
+def _is_continuous(x):
+    return x.dtype.is_floating or x.dtype.is_complex
+
+
+def _continuous(structure):
+    return [leaf for leaf in tree.flatten(structure) if _is_continuous(leaf)]
 
 
 def _filled(structure, leaves):
@@ -94,7 +115,7 @@ def _loop(step, state, xs, y=None, reverse=False):
     length = leaves[0].shape[0]
     t = tf.shape(leaves[0])[0] if length is None else length
     arrays = [tf.TensorArray(x.dtype, t, element_shape=x.shape[1:]).unstack(x) for x in leaves]
-    y = step(state, _first(xs))[1] if y is None else y  # only its structure is used: pruned from a graph
+    y = step(state, _first(xs))[1] if y is None else y  # for its structure: pruned from a graph
     outputs = [tf.TensorArray(one.dtype, t, element_shape=one.shape) for one in tree.flatten(y)]
 
     def body(i, state, outputs):
@@ -335,7 +356,8 @@ def _gru_backward(x, h, kernel, recurrent_kernel, valid, hs, gates, dhs, dh):
 def slower_in_chunks(name, x, training):
     """Why the recurrence `name` of `keras_seq.ops.wkv` on `x` `(b, t, ...)` is faster step by step, or None.
 
-    Without gradients that would hold for long sequences too under XLA, but not in a graph, where a loop is slow.
+    Without gradients, and for RWKV-4, that would hold for long sequences too under XLA, but not in a graph, where a
+    loop is slow; nothing tells which of them is being made.
     """
     return "few steps" if x.shape[1] is not None and x.shape[1] < 8 else None
 
@@ -366,5 +388,5 @@ def chunks_at_once(x):
 
 
 def recomputed(step):
-    """`scan` computes every step once more."""
+    """`step`: the gradient of `scan` computes each step once more as it is."""
     return step

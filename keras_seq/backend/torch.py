@@ -5,8 +5,6 @@ A mask stays on the fast path. `torch`'s kernels know none, so the valid steps o
 more input feature, 1 on padded steps, drives the gates so far that they freeze it: sigmoid(+-1e4) is 1 or 0.
 """
 
-import functools
-
 import torch
 from keras import tree
 
@@ -24,6 +22,8 @@ from keras_seq.backend.torch_decoding import layer_norm as layer_norm
 from keras_seq.backend.torch_decoding import product as product
 from keras_seq.backend.torch_decoding import rms_norm as rms_norm
 from keras_seq.backend.torch_decoding import take_rows as take_rows
+from keras_seq.backend.torch_gradient import first_derivative
+from keras_seq.backend.torch_gradient import with_gradient as with_gradient
 from keras_seq.backend.torch_lean import group_norm as group_norm
 from keras_seq.backend.torch_lean import inner_product as inner_product
 from keras_seq.backend.torch_lean import normalized as normalized
@@ -224,7 +224,7 @@ class _GRU(torch.autograd.Function):
         return hs[1:].transpose(0, 1), h.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative
     def backward(ctx, dy, dh):
         x, kernel, recurrent_kernel, gates, a_n, hs = ctx.saved_tensors
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -265,25 +265,6 @@ def slower_in_chunks(name, x, training):
     return "few steps" if x.shape[1] < 8 else None
 
 
-@functools.cache
-def with_gradient(forward, backward):
-    """The function `forward(*inputs) -> (outputs, residuals)` with `backward(residuals, d outputs) -> d inputs`."""
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            outputs, residuals = forward(*inputs)
-            ctx.save_for_backward(*residuals)
-            return outputs
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, *gradients):
-            return tuple(backward(ctx.saved_tensors, gradients))
-
-    return Function.apply
-
-
 def inverse_lower(system):
     """Of lower triangles `(..., n, n)` with ones on the diagonal."""
     one = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
@@ -295,7 +276,7 @@ def chunks_at_once(x):
 
     On a CPU few: what is computed next is then still in the cache.
     """
-    return max(2, 64 // (x.shape[0] * x.shape[1])) if x.device.type == "cpu" else None
+    return max(2, 64 // max(1, x.shape[0] * x.shape[1])) if x.device.type == "cpu" else None
 
 
 def recomputed(function):

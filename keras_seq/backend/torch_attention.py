@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from keras_seq.backend import refuses
+from keras_seq.backend.torch_gradient import first_derivative
 
 _BLOCK = {"cpu": 128}  # queries: enough for efficient products, few enough that a mask of them is small
 _LONG_BLOCK = 512  # elsewhere, where each call costs more than its work (not measured)
@@ -402,7 +403,7 @@ class _Blocks(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative
     def backward(ctx, dy):
         arrays = query, key, *_ = ctx.saved_tensors
         seen, soft_cap, scale = ctx.given

@@ -40,7 +40,7 @@ def simple_rnn(x, h, kernel, recurrent_kernel, bias=None, mask=None, *, activati
 
     Source: Elman 1990, "Finding structure in time".
     """
-    drop = _dropout(recurrent_dropout)
+    recurrent_kernel, drop = ops.convert_to_tensor(recurrent_kernel), _dropout(recurrent_dropout)
 
     def step(state, x):
         return (activation(x + drop(state[0]) @ recurrent_kernel),)
@@ -84,7 +84,7 @@ def lstm(
 
     Source: Hochreiter & Schmidhuber 1997; Gers et al. 2000 (forget gate).
     """
-    drop = _dropout(recurrent_dropout)
+    recurrent_kernel, drop = ops.convert_to_tensor(recurrent_kernel), _dropout(recurrent_dropout)
 
     def step(state, x):
         h, c = state
@@ -140,7 +140,7 @@ def gru(
     Source: Cho et al. 2014, arXiv:1406.1078, eq. 5-8 (v3 and v1 of the preprint).
     """
     input_bias, recurrent_bias = _two(bias, reset_after)
-    drop = _dropout(recurrent_dropout)
+    recurrent_kernel, drop = ops.convert_to_tensor(recurrent_kernel), _dropout(recurrent_dropout)
 
     def step(state, x):
         (h,) = state

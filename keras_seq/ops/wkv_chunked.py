@@ -52,7 +52,7 @@ def _transposed(x):
 def _over_chunks(one, several, state, *xs):
     """`state, y = one(state, *xs)` for a chunk `(b, h, c, ...)` after another, or `several` on `(b, h, n, c, ...)`.
 
-    How many at once is for the backend to say. `one` is computed a second time in the backward pass.
+    How many at once is for the backend to say.
     """
     count, together = xs[0].shape[2], backend.current().chunks_at_once(xs[0])
     if together == 1:
@@ -82,7 +82,8 @@ def wkv7(r, w, k, v, a, b, state, mask=None, training=False):
     `exp(c_t - m) exp(m - c_s)`, m the middle of the sums of the chunk, so that a product gives all pairs of steps. As
     `w > -exp(-0.5)`, no factor is above `exp(0.31 c)`. What a step removes depends on what the steps before it in the
     chunk removed: a triangular system. Of several chunks at once each becomes an affine map of the state,
-    `S -> S M + P`, and only these maps come in turn. The gradient is written by hand.
+    `S -> S M + P`, and only these maps come in turn. The gradient is written by hand;
+    on PyTorch there are no second derivatives.
     """
     size, time = _length("wkv7", r.shape[1]), ops.shape(r)[1]
     xs = [_chunks(x, size) for x in masked(mask, state, r, w, k, v, a, b)]
@@ -106,19 +107,20 @@ class _Met(NamedTuple):
     half: Any  # (..., 1, k)
     of_reads: Any  # by what a and r, and b and k, were decayed, (..., 2 c, k)
     of_writes: Any
+    past: Any  # which writes a read may find, (2 c, 2 c)
 
 
 def _wkv7_met(r, w, k, a, b):
-    size, dtype = r.shape[-2], r.dtype
-    total = _triangle(size, 0, dtype) @ w
+    size, past = r.shape[-2], _past(r.shape[-2], r.dtype)
+    total = past[size:, :size] @ w
     middle = 0.5 * total[..., -1:, :]
     grown = ops.exp(middle - total)
     of_reads = ops.exp(ops.concatenate([total - w, total], axis=-2) - middle)
     of_writes = ops.concatenate([grown, grown], axis=-2)
     reads, writes = ops.concatenate([a, r], axis=-2) * of_reads, ops.concatenate([b, k], axis=-2) * of_writes
-    pairs = (reads @ _transposed(writes)) * _past(size, dtype)
-    inverse = backend.current().inverse_lower(ops.eye(size, dtype=dtype) - pairs[..., :size, :size])
-    return _Met(reads, writes, pairs, inverse, ops.exp(middle), of_reads, of_writes)
+    pairs = (reads @ _transposed(writes)) * past
+    inverse = backend.current().inverse_lower(ops.eye(size, dtype=r.dtype) - pairs[..., :size, :size])
+    return _Met(reads, writes, pairs, inverse, ops.exp(middle), of_reads, of_writes, past)
 
 
 def _past(size, dtype):
@@ -179,13 +181,13 @@ def _wkv7_chunks_backward(residuals, gradients):
 
 def _wkv7_gradients(d_state, dy, carried, v, written, met):
     """By the state before a chunk, r, w, k, v, a, b; from those by the state after it and by y."""
-    size, dtype = v.shape[-2], v.dtype
+    size = v.shape[-2]
     d_after = d_state * met.half
     d_written = _transposed(met.pairs[..., size:, :]) @ dy + met.writes @ _transposed(d_after)
     d_system = _transposed(met.inverse) @ d_written[..., :size, :]
     d_found = ops.concatenate([d_system, dy], axis=-2)
     dv = d_written[..., size:, :] + _transposed(met.pairs[..., :size, size:]) @ d_system
-    d_pairs = (d_found @ _transposed(written)) * _past(size, dtype)
+    d_pairs = (d_found @ _transposed(written)) * met.past
     d_reads = d_found @ carried + d_pairs @ met.writes
     stored = written @ d_after
     d_writes = stored + _transposed(d_pairs) @ met.reads
@@ -195,7 +197,7 @@ def _wkv7_gradients(d_state, dy, carried, v, written, met):
     by_a = by_read[..., :size, :]
     by_total = by_a + by_read[..., size:, :] - by_write[..., :size, :] - by_write[..., size:, :]
     by_middle = _sum_of_steps((d_after + d_carried) * carried) + _sum_of_steps(stored * met.writes - by_read + by_write)
-    dw = _transposed(_triangle(size, 0, dtype)) @ by_total - by_a + 0.5 * by_middle
+    dw = _transposed(met.past[size:, :size]) @ by_total - by_a + 0.5 * by_middle
     da, dr = _halves(d_reads * met.of_reads, size)
     db, dk = _halves(d_writes * met.of_writes, size)
     return d_carried * met.half, dr, dw, dk, dv, da, db

@@ -5,7 +5,7 @@ from functools import partial
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from keras import ops, tree
 
 from keras_seq import backend
 from keras_seq.ops.scan import scan
@@ -62,6 +62,52 @@ def test_gradients_by_all_that_a_step_reads(which):
     for loop, written in zip(*results, strict=True):
         np.testing.assert_allclose(loop, written, rtol=1e-5, atol=1e-6)
         assert np.abs(loop).max() > 0
+
+
+def test_gradients_inside_a_condition():
+    """Where TensorFlow does not let a gradient of ours know which variables a step reads."""
+    layer = Table()
+    layer.build(None)
+    layer.table.assign(np.random.default_rng(0).normal(size=(5, 3)))
+    tokens = ops.convert_to_tensor([[0, 3], [3, 4], [2, 2], [3, 1]], dtype="int32")
+    floats = [ops.convert_to_tensor(np.ones(s, "float32")) for s in [(2, 3), (4, 2, 3), (3, 3), (3,)]]
+
+    def loss(conditional, floats, tokens):
+        h, given, matrix, bias = floats
+
+        def last():
+            state, _ = scan(inside(layer, matrix, bias), (h, ops.zeros((), "int32")), (tokens, given))
+            return ops.sum(state[0])
+
+        value = ops.cond(tokens[0, 1] > 0, last, lambda: ops.sum(h)) if conditional else last()
+        return value, value
+
+    expected, got = (
+        backend.current().gradients(partial(loss, conditional), layer)(floats, tokens) for conditional in (False, True)
+    )
+    for a, b in zip(tree.flatten(expected), tree.flatten(got), strict=True):
+        np.testing.assert_allclose(ops.convert_to_numpy(a), ops.convert_to_numpy(b), rtol=1e-6)
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="of TensorFlow's two graphs")
+def test_gradients_from_outside_of_a_graph(monkeypatch):
+    import tensorflow as tf
+
+    by_hand, calls = backend.current()._scan_backward, []
+    monkeypatch.setattr(backend.current(), "_scan_backward", lambda *args: calls.append(0) or by_hand(*args))
+    x = tf.constant(np.ones((4, 2), "float32"))
+
+    @tf.function
+    def run(h, x):
+        (h, count), y = scan(lambda s, x: ((s[0] * x, s[1] + 1), s[1]), (h, tf.zeros((), tf.int32)), x)
+        return h, count, y
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        h, count, _ = run(tf.ones(2), x)
+    np.testing.assert_array_equal(tape.gradient(h, x), np.ones((4, 2)))
+    assert count == 4
+    assert calls
 
 
 def test_gradients_of_drawn_numbers():

@@ -195,6 +195,32 @@ def test_any_number_of_chunks_at_once(monkeypatch, kind, count):
         close(got[name], expected[name], 1e-12 if precise else 5e-6, name)
 
 
+@pytest.mark.parametrize("kind", ["wkv6", "wkv7"])
+def test_no_sequences(kind):
+    x, state = as_dtype(arguments(kind, 40, batch=0), "float32")
+    y, last = outputs_of(kind, "native")(*tensors((x, state, None)))
+    assert y.shape == x["v"].shape
+    assert last.shape == state.shape
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="JAX and TensorFlow have second derivatives")
+def test_second_derivatives_are_refused_or_right():
+    import torch
+
+    x, state = tensors(as_dtype(arguments("wkv7", 40), "float32"))
+    for name in "rk":
+        x[name].requires_grad_()
+
+    def first(mode):
+        with keras_seq.kernels(mode):
+            y = seq_ops.wkv7(**x, state=state)[0]
+        return torch.autograd.grad((y * y).sum(), x["r"], create_graph=True)[0]
+
+    assert torch.autograd.grad(first("reference").sum(), x["k"])[0].abs().max() > 0
+    with pytest.raises(NotImplementedError, match="reference"):
+        first("native")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_equal_steps_in_float32(kind):
     x, state = arguments(kind, 150)
