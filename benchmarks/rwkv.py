@@ -16,7 +16,7 @@ step by step as it is defined; `layer` the time mixing of RWKV-7 against causal 
 same width, with the gradients of all weights; `growth` a core of twice the length against one of half of it, in time
 and in memory: what XLA tells of temporary memory on JAX, what TensorFlow allocates, what a process of PyTorch grows by;
 `decode` token after token, `prefill` a prompt at once, in a model of 12 layers x 768; `compile` the first step of `fit`
-of 12 layers, and of 1; `state` the bytes of a state after one token and after many.
+of 12 layers, each for itself and with `scan_layers`, and of 1; `state` the bytes of a state after one token and many.
 """
 
 import argparse
@@ -335,8 +335,11 @@ def states(quick, **options):
 
 def compilation(quick, **options):
     """The first step of `fit`, with all that it compiles, and the second."""
-    for count in (1, 2) if quick else (1, 12):
-        model = keras_seq.models.RWKV(50, 64, count, pad_id=None)
+    scan = [False, True] if BACKEND != "torch" else [False]
+    for count, scan_layers in itertools.product((1, 3) if quick else (1, 12), scan):
+        if scan_layers and count == 1:
+            continue
+        model = keras_seq.models.RWKV(50, 64, count, pad_id=None, scan_layers=scan_layers)
         model.build((None, None))
         model.compile(keras_seq.models.rwkv_optimizer(model), jit_compile=BACKEND != "torch")
         tokens = np.random.default_rng(0).integers(1, 50, (2, 32 if quick else 256))
@@ -346,7 +349,7 @@ def compilation(quick, **options):
             model.train_on_batch(tokens)
             seconds.append(1e3 * (time.perf_counter() - start))
         samples = {"first step": seconds[:1], "second step": seconds[1:]}
-        yield timing.lines(f"compile {count}x64", samples)
+        yield timing.lines(f"compile {count}x64" + scan_layers * " scan_layers", samples)
 
 
 BLOCKS = {"core": cores, "layer": layers, "growth": growth, "models": models, "state": states, "compile": compilation}

@@ -1,7 +1,7 @@
 """Language models of RWKV 4 to 7."""
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from keras_seq import initializers
 from keras_seq.base import autocast, call_layer, cast, own_arguments
@@ -12,6 +12,7 @@ from keras_seq.layers.dense import matrix, project
 from keras_seq.layers.prepared import norm_of, products
 from keras_seq.models.language_model import LanguageModel
 from keras_seq.models.transformer_parts import checkpointed
+from keras_seq.ops.scan import compiles, scan
 
 VERSIONS = (4, 5, "5.0", "5.1", "5.2", 6, 7)
 
@@ -38,6 +39,9 @@ class RWKV(LanguageModel):
             they are 0.
         checkpoint: whether `fit` computes each block a second time in the backward pass instead of keeping what is
             inside it: less memory, about a third more time.
+        scan_layers: whether `fit` runs the blocks after the first as one loop over their weights side by side, so that
+            TensorFlow and JAX compile one of them and not each: for models of many blocks. It takes a copy of the
+            weights, and on TensorFlow the time of `checkpoint`. PyTorch compiles nothing.
         pad_id: the token id that is padding, or None. In official models 0 is the end of a text, not padding: there
             it is None.
         **kwargs: for the time mixing, as in `RWKVBlock`: `mix_rank` (6), `decay_rank` (6, 7), `iclr_rank`,
@@ -70,6 +74,7 @@ class RWKV(LanguageModel):
         l2_wrap=1e-4,
         state_tuning=False,
         checkpoint=False,
+        scan_layers=False,
         pad_id=0,
         **kwargs,
     ):
@@ -93,7 +98,8 @@ class RWKV(LanguageModel):
         if self.version != 4 and (head_dim < 1 or d_model % head_dim):
             raise ValueError(f"`head_dim` must divide d_model={d_model}. Received: head_dim={head_dim!r}")
         self.d_model, self.num_layers, self.head_dim = d_model, num_layers, head_dim
-        self.l2_wrap, self.state_tuning, self.checkpoint = l2_wrap, state_tuning, checkpoint
+        self.l2_wrap, self.state_tuning = l2_wrap, state_tuning
+        self.checkpoint, self.scan_layers = checkpoint, scan_layers
         kwargs |= {"revision": version} if isinstance(version, str) else {}
         kwargs |= {"trainable_state": True} if state_tuning else {}
         policy = self.dtype_policy
@@ -155,7 +161,8 @@ class RWKV(LanguageModel):
 
     def hidden(self, tokens, state, mask=None, training=False):
         x, v_first, states = call_layer(self.ln0, call_layer(self.embedding, tokens)), None, []
-        for block, before in zip(self.blocks, state, strict=True):
+        apart = self.blocks[:1] if training and self._can_scan() else self.blocks
+        for block, before in zip(apart, state, strict=False):
 
             def run(x, v_first=None, block=block, before=before):
                 with autocast(block):  # also where it runs once more, in the backward pass
@@ -166,7 +173,33 @@ class RWKV(LanguageModel):
             x, after, *value = (checkpointed(block, run) if training and self.checkpoint else run)(*given)
             v_first = value[0] if value else None
             states.append(after)
+        if len(states) < len(self.blocks):
+            x, others = self._scanned(x, v_first, state[1:], mask)
+            states += others
         return call_layer(self.ln_out, x), tuple(states)
+
+    def _can_scan(self):
+        """Whether the blocks after the first are to be scanned, and have weights of the same kind: LoRA may differ."""
+        kinds = {tuple((tuple(v.shape), v.dtype) for v in block.weights) for block in self.blocks[1:]}
+        return self.scan_layers and compiles() and len(kinds) == 1
+
+    def _scanned(self, x, v_first, states, mask):
+        """The blocks after the first, in training, as a loop over their weights."""
+        block, *_ = blocks = self.blocks[1:]
+        same = zip(*(b.weights for b in blocks), strict=True)
+        weights = [ops.stack([weight.value for weight in weights]) for weights in same]
+
+        def step(carry, inputs):
+            weights, before = inputs
+            mapping = list(zip(block.weights, weights, strict=True))
+            with keras.StatelessScope(state_mapping=mapping), autocast(block):
+                x, v_first, after = block.mix(carry[0], before, carry[1] if len(carry) > 1 else None, mask, True)
+            return (x,) if v_first is None else (x, v_first), after
+
+        carry = (x,) if v_first is None else (x, v_first)
+        states = tree.map_structure(lambda *s: ops.stack(s), *states)
+        (x, *_), after = scan(step, carry, (weights, states), recompute=self.checkpoint)
+        return x, [tree.map_structure(lambda a, i=i: a[i], after) for i in range(len(blocks))]
 
     def logits(self, h):
         return cast(project(self.head, h), self.compute_dtype)

@@ -5,13 +5,19 @@ from keras import ops, tree
 from keras_seq import backend
 
 
-def scan(step, state, xs):
+def compiles():
+    """Whether the step of a scan is compiled, and that once, however many steps there are."""
+    return backend.current().COMPILES
+
+
+def scan(step, state, xs, recompute=False):
     """Applies `step(state, x_t) -> (state, y_t)` along the first axis of the pytree `xs`.
 
     Args:
         step: a pure function; the state that it returns has the structure, shapes and dtypes of the one it got.
         state: any pytree.
         xs: pytree of arrays `(t, ...)`, `t >= 1`.
+        recompute: whether the backward pass computes each step a second time instead of keeping what is inside it.
 
     Returns:
         the last state, and the pytree of the `y_t` stacked to `(t, ...)`. One step runs without a loop.
@@ -19,7 +25,7 @@ def scan(step, state, xs):
     if tree.flatten(xs)[0].shape[0] == 1:
         state, y = step(state, tree.map_structure(lambda x: x[0], xs))
         return state, tree.map_structure(lambda y: ops.expand_dims(y, 0), y)
-    return backend.current().scan(step, state, xs)
+    return backend.current().scan(backend.current().recomputed(step) if recompute else step, state, xs)
 
 
 def first(state):

@@ -408,3 +408,26 @@ def test_states_between_states():
         close(z, 0.75 * ops.convert_to_numpy(x) + 0.25 * ops.convert_to_numpy(y))
     close(states.interpolate(a, b, 0.0), a)
     refused(lambda: states.interpolate(a, model.initial_state(2), 0.5), "same structure")
+
+
+@pytest.mark.parametrize("version", [4, 7])
+def test_scanned_layers_give_the_same(version):
+    """Logits, states and gradients, under a mask."""
+    tokens = ops.convert_to_tensor(np.random.default_rng(0).integers(0, 3, (2, 12)), dtype="int32")
+    results = []
+    for scan_layers in (False, True):
+        keras.utils.set_random_seed(0)
+        model = model_of(version, 3, scan_layers=scan_layers)
+        assert model._can_scan() == (scan_layers and backend.current().COMPILES)
+        rng = np.random.default_rng(1)
+        model.set_weights([w + 0.3 * rng.normal(size=w.shape) for w in model.get_weights()])
+
+        def loss(floats, tokens, model=model):
+            logits, state = model(tokens, return_state=True, training=True)
+            return ops.sum(logits * logits) + sum(ops.sum(leaf**2) for leaf in tree.flatten(state)), (logits, state)
+
+        aux, by_weights, _ = backend.current().gradients(loss, model)([], tokens)
+        results.append([ops.convert_to_numpy(leaf) for leaf in tree.flatten((aux, by_weights))])
+    for a, b in zip(*results, strict=True):
+        scale = max(np.abs(a).max(), 1)
+        close(b / scale, a / scale, 5e-6)
