@@ -69,11 +69,10 @@ def table(lines):
         ratio, goal = line.get("ratio"), line.get("required", "")
         if ratio is None and not goal:
             continue  # the time of keras_seq itself
-        if ratio is not None and ratio <= 0:
-            continue  # a difference of two times, below the noise
         value, against = (line["median"], "") if ratio is None else (ratio, line["contender"])
         shown = f"{null[line['row']]:.2f}" if line["row"] in null and ratio is not None else ""
-        cells = (line["row"], against, _digits(value), shown, goal, line.get("verdict", ""), line["note"])
+        value = "in the noise" if ratio is not None and ratio <= 0 else _digits(value)  # of a difference of two times
+        cells = (line["row"], against, value, shown, goal, line.get("verdict", ""), line["note"])
         rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 

@@ -31,6 +31,7 @@ RUN = {
         {"row": "train", "contender": "other", "unit": "ms", "median": 24.6, "ratio": 2.0, "note": "a | b"}
         | {"required": ">= 3", "verdict": "short"},
         {"row": "growth", "contender": "t = 2", "unit": "ms", "median": 24.6, "ratio": 0.0123, "note": ""},
+        {"row": "compile", "contender": "other", "unit": "ms", "median": -3.0, "ratio": -0.3, "note": ""},
         {"row": "count", "contender": "keras_seq", "unit": "compilations", "median": 0, "required": "<= 0"}
         | {"verdict": "ok", "note": ""},
     ],
@@ -61,6 +62,7 @@ def test_a_region_is_written_anew(results):
     assert rows == [
         "| train | other | 2.00 | 0.98 | >= 3 | short | a \\| b |",
         "| growth | t = 2 | 0.0123 |  |  |  |  |",
+        "| compile | other | in the noise |  |  |  |  |",
         "| count |  | 0 |  | <= 0 | ok |  |",
     ]
 
@@ -71,6 +73,7 @@ def test_a_pivot_has_a_column_for_each_contender(results):
         "| | keras_seq | other | t = 2 |",
         "| train | 1.00 | 2.00 |  |",
         "| growth |  |  | 0.0123 |",
+        "| compile |  | -0.300 |  |",
         "| count | 0 compilations |  |  |",
     ]
 

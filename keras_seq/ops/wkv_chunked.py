@@ -40,11 +40,6 @@ def _steps(y, time):
     return ops.reshape(ops.transpose(y, (0, 2, 3, 1, 4)), (batch, count * size, heads, features))[:, :time]
 
 
-def _triangle(size, diagonal, dtype):
-    """Ones below a diagonal and on it, `(c, c)`."""
-    return ops.convert_to_tensor(np.tril(np.ones((size, size)), diagonal), dtype=dtype)
-
-
 def _transposed(x):
     return ops.swapaxes(x, -1, -2)
 
